@@ -1,0 +1,90 @@
+# PY=python3 make test         use an interpreter that has the packages; else .venv is made here
+# make bert BERT="--steps 9000" other flags for a stage: GPT, BERT, REWARD, PPO
+# make reward RUN=runs/mine    another folder for the outcome
+
+ifndef PY
+PY := .venv/bin/python
+VENV := .venv/ready
+endif
+SYSTEM_PYTHON ?= python3
+DATA := data/hutto
+BUDGET ?= main
+RUN ?= runs/main
+
+# What each stage is given, by budget: demo (10 minutes in all), main, tiny (does it run at all).
+GPT_demo := --steps 800 --batch_size 48 --eval_every 200 --dropout 0.1
+GPT_main := --steps 1500 --batch_size 48 --dropout 0.2
+GPT_tiny := --steps 20 --eval_every 10 --n_layer 2
+BERT_demo := --steps 800 --eval_every 400
+BERT_main := --steps 3000 --dropout 0.1
+BERT_tiny := --steps 20 --eval_every 10 --n_layer 2
+REWARD_demo := --steps 600
+REWARD_main := --steps 2000 --eval_every 100 --dropout 0.2 --word_dropout 0.2
+REWARD_tiny := --steps 20 --eval_every 10 --n_samples 128
+PPO_demo := --steps 40
+PPO_main := --steps 80
+PPO_tiny := --steps 2 --batch 32 --minibatch 16 --n_eval 64
+GPT ?= $(GPT_$(BUDGET))
+BERT ?= $(BERT_$(BUDGET))
+REWARD ?= $(REWARD_$(BUDGET))
+PPO ?= $(PPO_$(BUDGET))
+
+# a stage that was interrupted goes on where it stopped
+go_on = $(if $(wildcard $(RUN)/$(1)/last/state.pt),--resume)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint check demo data pretrain bert reward rlhf report results clean
+
+help: ## this list
+	@echo "Minutes on a 2-core x86-64 CPU with AMX, 2026-11, after setup:"
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/' | expand -t 12
+
+.venv/ready: pyproject.toml constraints.txt
+	$(SYSTEM_PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -q --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	touch $@
+
+setup: $(VENV) ## .venv with the pinned packages
+
+test: $(VENV) ## all tests
+	$(PY) -m pytest
+
+lint: $(VENV) ## ruff
+	$(PY) -m ruff check .
+
+check: lint test ## what CI runs: lint and test
+
+demo: $(VENV) ## the whole story, from data to report, in runs/demo (replaced)
+	rm -rf runs/demo && mkdir -p runs/demo && date +%s > runs/demo/started
+	$(MAKE) --no-print-directory report RUN=runs/demo BUDGET=$(BUDGET:main=demo)
+
+data: $(DATA)/meta.json ## human ratings of 23,702 snippets, fetched and tokenised
+$(DATA)/meta.json: data/hutto/prepare.py | $(VENV)
+	$(PY) data/hutto/prepare.py
+
+pretrain: $(RUN)/gpt/summary.json ## GPT on the snippets
+$(RUN)/gpt/summary.json: | $(DATA)/meta.json
+	$(PY) train_pretrain.py gpt --data $(DATA) --out $(RUN)/gpt $(GPT) $(call go_on,gpt)
+
+bert: $(RUN)/bert/summary.json ## BERT-style encoder on the snippets
+$(RUN)/bert/summary.json: | $(DATA)/meta.json
+	$(PY) train_pretrain.py bert --data $(DATA) --out $(RUN)/bert $(BERT) $(call go_on,bert)
+
+reward: $(RUN)/reward/summary.json ## reward model on the encoder (and what it needs)
+$(RUN)/reward/summary.json: | $(RUN)/gpt/summary.json $(RUN)/bert/summary.json
+	$(PY) train_rlhf.py reward --data $(DATA) --init $(RUN)/bert --policy $(RUN)/gpt --out $(RUN)/reward $(REWARD) $(call go_on,reward)
+
+rlhf: $(RUN)/ppo/summary.json ## KL-penalised PPO against the reward model (and what it needs)
+$(RUN)/ppo/summary.json: | $(RUN)/reward/summary.json
+	$(PY) train_rlhf.py ppo --data $(DATA) --policy $(RUN)/gpt --reward $(RUN)/reward --out $(RUN)/ppo $(PPO) $(call go_on,ppo)
+
+report: $(RUN)/ppo/summary.json ## summary.json, report.html and figures of a run
+	$(PY) -m nanokl report $(RUN)
+
+results: $(VENV) ## the README's table: demo and 4 more PPO seeds, then the main run
+	$(MAKE) demo
+	for seed in 1 2 3 4; do $(PY) train_rlhf.py ppo --data $(DATA) --policy runs/demo/gpt --reward runs/demo/reward --out runs/seeds/$$seed $(PPO_demo) --seed $$seed || exit; done
+	$(MAKE) report
+
+clean: ## remove runs/ and the prepared data, keep .venv
+	rm -rf runs data/*/*.bin data/*/*.json data/*/*.jsonl

@@ -1,0 +1,100 @@
+"""Use what was trained: python -m nanokl {sample,fill-mask,score,report}."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from nanokl import UserError, bert, checkpoint, require_positive
+from nanokl import runtime as rt
+from nanokl.generate import generate
+from nanokl.gpt import GPT
+from nanokl.report import write_report
+from nanokl.reward import RewardModel
+from nanokl.tokenizer import Tokenizer
+
+
+@dataclass
+class Sample:
+    """Texts from a GPT or a trained policy."""
+
+    run: Annotated[Path, tyro.conf.Positional]  # a run or checkpoint folder, such as runs/demo/ppo
+    prompt: str = ""  # the text to continue
+    n: int = 5  # samples
+    max_new_tokens: int = 40  # longest continuation
+    temperature: float = 1.0  # 0 takes the likeliest token
+    top_k: int | None = None  # only the k likeliest tokens
+    top_p: float | None = None  # only the likeliest tokens that hold this much probability
+    seed: int = 0  # same seed, same samples
+    device: str = "auto"  # auto, cpu, cuda or mps
+
+    def __call__(self) -> None:
+        require_positive(self, "n")
+        runtime = rt.setup(self.device, "float32")
+        folder = checkpoint.resolve(self.run)
+        tokenizer = Tokenizer.load(folder)
+        model = GPT.from_pretrained(folder, dropout=0.0).to(runtime.device).eval()
+        stop = tokenizer.special("<|endoftext|>")
+        ids = [stop, *tokenizer.encode(self.prompt)]
+        rollout = generate(model, [ids] * self.n, self.max_new_tokens, stop=stop,
+                           temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
+                           rng=rt.generator(self.seed, "sample"))
+        for row in rollout.rows():
+            print(tokenizer.decode([i for i in row if i != stop]))
+
+
+@dataclass
+class FillMask:
+    """The likeliest tokens for a [MASK]."""
+
+    run: Annotated[Path, tyro.conf.Positional]  # a BERT run, such as runs/demo/bert
+    text: Annotated[str, tyro.conf.Positional]  # a text with one [MASK]
+    top_k: int = 5  # how many to show
+
+    def __call__(self) -> None:
+        folder = checkpoint.resolve(self.run)
+        tokenizer, model = Tokenizer.load(folder), bert.BERT.from_pretrained(folder, dropout=0.0)
+        for _, p, filled in bert.fill_mask(model.eval(), tokenizer, self.text, self.top_k):
+            print(f"{p:6.3f}  {filled}")
+
+
+@dataclass
+class Score:
+    """What a reward model makes of texts: 0 and 1 are its reference policy's mean and sd."""
+
+    run: Annotated[Path, tyro.conf.Positional]  # a reward run, such as runs/demo/reward
+    texts: Annotated[tuple[str, ...], tyro.conf.Positional]  # one or more texts
+
+    def __call__(self) -> None:
+        folder = checkpoint.resolve(self.run)
+        model, tokenizer = checkpoint.load(folder, RewardModel), Tokenizer.load(folder)
+        longest = max(map(len, tokenizer.encode_batch(self.texts)), default=0)
+        room = model.trunk.config.block_size - 2  # between [CLS] and [SEP]
+        if not 0 < longest <= room:
+            raise UserError(f"the longest text has {longest} tokens, the context room for {room}")
+        for score, text in zip(model.score_texts(tokenizer, self.texts), self.texts, strict=True):
+            print(f"{score:+.3f}  {text}")
+
+
+@dataclass
+class Report:
+    """summary.json, report.html and figures of a whole run."""
+
+    run: Annotated[Path, tyro.conf.Positional]  # a folder with gpt/ bert/ reward/ ppo/
+
+    def __call__(self) -> None:
+        path = write_report(self.run)
+        summary = json.loads((self.run / "summary.json").read_bytes())
+        print(f"in all {summary['wall_seconds']} s, at most {summary['peak_memory_gib']:.2f} GiB; "
+              f"numbers: {self.run / 'summary.json'}  report: {path}")
+
+
+def main() -> None:
+    commands = {"sample": Sample, "fill-mask": FillMask, "score": Score, "report": Report}
+    rt.parse_flags(commands, prog="python -m nanokl", description=__doc__)()
+
+
+if __name__ == "__main__":
+    rt.run_program(main)

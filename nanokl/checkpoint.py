@@ -1,0 +1,256 @@
+"""Checkpoints: a folder with config.json, model.safetensors, the tokenizer, and state.pt to go on.
+
+    runs/x/ flags.json metrics.jsonl summary.json    what was asked, the curves, the results
+            best/ last/                              checkpoints; last/ has state.pt
+
+A folder is written beside its place and renamed, so a crash at any moment, or a full disk, leaves
+the old checkpoint or the new one. Left out: sharded files, other libraries' layouts, pickles.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from nanokl import UserError, __version__
+
+CONFIG, WEIGHTS, STATE, FLAGS = "config.json", "model.safetensors", "state.pt", "flags.json"
+PLAIN = (bool, int, float, str, bytes, type(None))  # exact types: np.float64 is a float, not plain
+
+
+@contextlib.contextmanager
+def replacing(folder: Path | str) -> Iterator[Path]:
+    """A fresh folder to fill, which takes the place of `folder` if the block ends well.
+
+    The old folder stays until the new one is on the disk. After an exception only the old one is
+    left; after a crash the leftovers are harmless and go with the next save:
+
+        folder                  folder.tmp is half written
+        folder.old, folder.tmp  between the two renames: readers take folder.old
+        folder, folder.old      the new one is in place
+    """
+    folder = Path(folder)
+    tmp, old = _beside(folder, ".tmp"), _beside(folder, ".old")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if not folder.exists() and old.exists():  # a crash between the renames: finish going back
+        old.rename(folder)
+    _remove(tmp, old)
+    tmp.mkdir()
+    try:
+        yield tmp
+        _flush(*tmp.iterdir(), tmp)
+        if folder.exists():
+            folder.rename(old)
+        tmp.rename(folder)
+        _flush(folder.parent)
+    except BaseException as error:
+        if not folder.exists() and old.exists():
+            old.rename(folder)
+        _remove(tmp)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk names no file
+            error.filename = str(folder)
+        raise
+    _remove(old)
+
+
+def _beside(folder: Path, suffix: str) -> Path:
+    # a sibling, since a rename is atomic only within one file system
+    return folder.with_name(folder.name + suffix)
+
+
+def _remove(*folders: Path) -> None:
+    for folder in folders:
+        if folder.exists():
+            shutil.rmtree(folder)
+
+
+def _flush(*paths: Path) -> None:
+    """Has the disk take files, or the names in a folder, before anything is renamed over them."""
+    for path in paths if os.name == "posix" else ():  # elsewhere a folder cannot be opened
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def _present(folder: Path | str) -> Path:
+    """`folder`, or `folder.old` after a crash between the two renames of `replacing`."""
+    folder = Path(folder)
+    old = _beside(folder, ".old")
+    return old if not folder.exists() and old.exists() else folder
+
+
+def save(folder, model: nn.Module, *, tokenizer=None, state: dict | None = None) -> None:
+    """Writes a checkpoint atomically; the model has a dataclass `.config`, `state` is plain.
+
+    Raises UserError if `folder` holds something else than a checkpoint; OSError if the disk is
+    full, when what was there before is still there.
+    """
+    folder = Path(folder)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        try:
+            read_config(folder)  # the old folder is deleted as a whole: it had better be ours
+        except UserError as error:
+            raise UserError(f"{error}; a checkpoint would replace it: choose a new name") from None
+    _assert_plain(state)
+    config = {"nanokl": __version__, "model": type(model).__name__,
+              "config": dataclasses.asdict(model.config)}
+    with replacing(folder) as tmp:
+        (tmp / CONFIG).write_bytes(_json(config))
+        # Through bytes: the libraries' own writers turn a full disk into errors of their own.
+        weights = {name: x.detach().cpu().contiguous() for name, x in _tensors(model).items()}
+        (tmp / WEIGHTS).write_bytes(safetensors.torch.save(weights, {"format": "pt"}))
+        if tokenizer is not None:
+            tokenizer.save(tmp)
+        if state is not None:
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            (tmp / STATE).write_bytes(buffer.getbuffer())
+
+
+def _json(x) -> bytes:
+    return (json.dumps(x, indent=1, default=str) + "\n").encode()  # paths as text
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, a tied weight once, under its first name."""
+    names: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
+    return {name: x for name, x in state.items() if names.setdefault(id(x), name) == name}
+
+
+def _assert_plain(x, where: str = "state") -> None:
+    """Only what torch.load(weights_only=True) takes back: better to know now than on resume."""
+    if isinstance(x, (dict, list, tuple)):
+        for key, value in x.items() if isinstance(x, dict) else enumerate(x):
+            assert type(key) in PLAIN, f"{where} has a key {key!r} of {type(key)}"
+            _assert_plain(value, f"{where}[{key!r}]")
+    else:
+        assert isinstance(x, Tensor) or type(x) in PLAIN, f"{where} is {type(x)}: not plain data"
+
+
+def read_config(folder: Path | str) -> dict:
+    """{"nanokl": version, "model": class name, "config": fields}; UserError if it is not there."""
+    path = _present(folder) / CONFIG
+    try:
+        config = json.loads(path.read_bytes())
+        return {key: config[key] for key in ("nanokl", "model", "config")}
+    except OSError as error:
+        raise UserError(f"{folder} is no checkpoint ({CONFIG}: {error.strerror})") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged or not written by nanokl: use another") from None
+
+
+def load(folder: Path | str, cls: type[nn.Module], **config_overrides) -> nn.Module:
+    """A new `cls` with the checkpoint's config and weights, in float32, on the CPU.
+
+    `config_overrides` replace fields such as dropout. Raises UserError for a folder that is
+    missing, damaged, of another class, or whose tensors do not fit.
+    """
+    saved = read_config(folder)
+    if saved["model"] != cls.__name__:
+        raise UserError(f"{folder} holds a {saved['model']} but a {cls.__name__} is needed: "
+                        f"give the folder of a {cls.__name__}")
+    # A UserError of the config's own (heads that do not divide the width) says enough already.
+    try:
+        model = cls(cls.Config(**{**saved["config"], **config_overrides}))
+    except TypeError as error:
+        raise UserError(f"{folder}, written by nanokl {saved['nanokl']}, has a config that nanokl "
+                        f"{__version__} cannot use ({error}): use another checkpoint") from None
+    load_weights(folder, model)
+    return model
+
+
+class Pretrained:
+    """Checkpoints as methods, for a module that has a `Config`."""
+
+    @classmethod
+    def from_pretrained(cls, folder, **overrides):
+        """The model in a checkpoint folder; `overrides` replace config fields such as dropout."""
+        return load(folder, cls, **overrides)
+
+    def save_pretrained(self, folder) -> None:
+        save(folder, self)
+
+
+def load_weights(folder: Path | str, model: nn.Module) -> None:
+    """Copies the checkpoint's tensors into `model`, all or none; UserError if they do not fit."""
+    path = _present(folder) / WEIGHTS
+    try:
+        saved = safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path} is missing, truncated or damaged ({error}): use another") from None
+    tensors = _tensors(model)
+    wanted, found = ({name: tuple(x.shape) for name, x in d.items()} for d in (tensors, saved))
+    if wrong := sorted({name for name, _ in wanted.items() ^ found.items()}):
+        shape, needed = (x.get(wrong[0], "absent") for x in (found, wanted))
+        raise UserError(f"{path} does not fit this {type(model).__name__} ({len(wrong)} tensors "
+                        f"differ): {wrong[0]} is {shape}, not {needed}; use its own checkpoint")
+    with torch.no_grad():
+        for name, x in tensors.items():
+            x.copy_(saved[name])
+
+
+def load_state(folder: Path | str) -> dict:
+    """What `save` was given as `state`, tensors on the CPU; UserError if missing or damaged."""
+    path = _present(folder) / STATE
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
+        raise UserError(f"{path} is missing, truncated or damaged: there is no resuming") from None
+
+
+def resolve(path: Path | str, prefer: str = "best") -> Path:
+    """The checkpoint that `path` means: itself, or best/ or last/ of a run; UserError if none."""
+    path = Path(path)
+    tried = [path, path / prefer, path / ("last" if prefer == "best" else "best")]
+    for folder in map(_present, tried):
+        if (folder / CONFIG).is_file():
+            return folder
+    problem = "holds no checkpoint" if path.exists() else "does not exist"
+    raise UserError(f"{path} {problem}; looked for {CONFIG} in {', '.join(map(str, tried))}")
+
+
+def open_run(out: Path | str, flags: dict, *, resume: bool, frozen: Iterable[str],
+             is_main: bool = True) -> bool:
+    """Claims folder `out` for a run with these flags, and says whether it goes on with an old one.
+
+    Raises UserError if `out` holds a run and `resume` is False, if there is nothing to resume, or
+    if a flag in `frozen` has changed. Of many processes only the main one looks and writes.
+    """
+    if not is_main:
+        return resume
+    out, path = Path(out), Path(out) / FLAGS
+    if out.is_file():
+        raise UserError(f"--out {out} is a file: choose a folder")
+    flags = json.loads(_json(flags))  # as they will be read back
+    # Every check comes before the first write: a refused run leaves no trace.
+    if resume:
+        if not (_present(out / "last") / STATE).is_file():
+            raise UserError(f"nothing to resume in {out}: there is no {out / 'last' / STATE}; "
+                            "start it without --resume, in a new --out")
+        try:
+            before = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            raise UserError(f"{path} is missing or damaged: the run cannot be resumed") from None
+        for name in sorted(before.keys() & frozen):  # a flag newer than the run has no old value
+            if before[name] != flags.get(name):
+                raise UserError(f"--{name} was {before[name]!r} and is now {flags.get(name)!r}: a "
+                                "resumed run keeps it; give the old value or a new --out")
+    elif path.exists() or (out / "metrics.jsonl").exists():
+        raise UserError(f"{out} holds another run: go on with --resume, choose another --out, "
+                        "or delete it")
+    out.mkdir(parents=True, exist_ok=True)
+    tmp = _beside(path, ".tmp")
+    tmp.write_bytes(_json(flags))
+    tmp.replace(path)
+    return resume

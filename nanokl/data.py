@@ -1,0 +1,256 @@
+"""Corpora as shards of tokens, and batches that are pure functions of (seed, step).
+
+`lm_batch` and `mlm_batch` draw training batches from a memory-mapped shard: a resumed run needs
+the step only, no loader state. `eval_batches` and `mlm_eval_batches` pass over a shard once.
+
+A shard is `<|endoftext|> doc <|endoftext|> doc ... <|endoftext|>`: document i and its leading
+separator are tokens[starts[i]:starts[i + 1]], and starts[-1] is the closing separator.
+
+Left out: streaming, mixing weights, shards of many files. `corpus` makes data folders from texts,
+`judgements` reads human ratings.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanokl import UserError
+from nanokl.runtime import generator
+from nanokl.tokenizer import Tokenizer
+
+MAGIC = b"nanokl\x00\x01"  # the last byte is the version of the format
+BUCKET = 16  # steps whose rows are sorted by length together, so that little is padding
+
+# A file: MAGIC | header length, uint64 | JSON header, space-padded to 64 | starts, int64 | tokens
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The tokens of one split, mapped from its file."""
+
+    tokens: np.ndarray  # (n_tokens,) uint16 or uint32
+    starts: np.ndarray  # (n_docs + 1,) int64
+    n_bytes: int  # UTF-8 bytes of the documents, for bits per byte
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n_docs,) tokens of each document with its leading separator."""
+        return np.diff(self.starts)
+
+    @classmethod
+    def open(cls, path, tokenizer: Tokenizer) -> "Shard":
+        """Map the shard at `path`; UserError when missing, cut short or of another tokenizer."""
+        header, offset = _read_header(Path(path))
+        if header["tokenizer_hash"] != tokenizer.hash:
+            raise UserError(f"{path} was written with another tokenizer (vocabulary "
+                            f"{header['vocab_size']}, this one has {tokenizer.vocab_size}): use "
+                            "the one beside it, or prepare it again")
+        n_starts, n_tokens = header["n_docs"] + 1, header["n_tokens"]
+        after = offset + 8 * n_starts
+        want = after + n_tokens * np.dtype(header["dtype"]).itemsize
+        if (size := os.path.getsize(path)) != want:
+            raise UserError(f"{path} is truncated: {size} bytes, not the {want} of its header; "
+                            "prepare it again with --force")
+        starts = np.fromfile(path, "<i8", n_starts, offset=offset)
+        tokens = np.memmap(path, header["dtype"], "r", after, (n_tokens,))
+        return cls(tokens, starts, header["n_bytes"])
+
+
+def _read_header(path: Path) -> tuple[dict, int]:
+    """The JSON header of a shard and the offset at which its starts begin."""
+    if not path.is_file():
+        raise UserError(f"no shard at {path}: run the prepare.py of that data folder first")
+    with path.open("rb") as file:
+        head = file.read(16)
+        if head[:8] != MAGIC:
+            what = "is empty" if not head else "is not a nanokl shard"
+            raise UserError(f"{path} {what}: run the prepare.py of that data folder with --force")
+        size = int.from_bytes(head[8:], "little")
+        try:
+            return json.loads(file.read(min(size, 1 << 16))), 16 + size
+        except ValueError:
+            raise UserError(f"{path} is truncated: prepare it again with --force") from None
+
+
+def write_shard(path, docs: Iterable[Sequence[int]], tokenizer: Tokenizer, n_bytes: int) -> int:
+    """Write documents (token ids, none empty) as one shard; return its n_tokens."""
+    dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+    separator = np.array([tokenizer.special("<|endoftext|>")], dtype)
+    parts, starts = [], [0]
+    for doc in docs:
+        assert len(doc), f"document {len(starts) - 1} is empty"
+        parts += [separator, np.asarray(doc, dtype)]
+        starts.append(starts[-1] + 1 + len(doc))
+    header = {"dtype": dtype, "vocab_size": tokenizer.vocab_size, "tokenizer_hash": tokenizer.hash,
+              "n_tokens": starts[-1] + 1, "n_docs": len(starts) - 1, "n_bytes": n_bytes}
+    text = json.dumps(header).encode()
+    text += b" " * (-(16 + len(text)) % 64)  # aligned, so that the map is read without copies
+    with open(path, "wb") as file:
+        file.write(MAGIC + len(text).to_bytes(8, "little") + text)
+        file.write(np.array(starts, "<i8").tobytes())
+        file.write(np.concatenate([*parts, separator]).tobytes())
+    return header["n_tokens"]
+
+
+def _windows(lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut documents into n = ceil(length / size) windows: (document, k of n, n), each (N,)."""
+    n = np.maximum(1, -(-lengths // size))
+    doc = np.repeat(np.arange(len(n)), n)
+    k = np.arange(len(doc)) - np.repeat(np.cumsum(n) - n, n)
+    return doc, k, n[doc]
+
+
+@lru_cache(maxsize=4)
+def _epoch(n: int, seed: int, stream: str, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """An epoch's order of n windows and a uniform number for each; a memo of a pure function."""
+    rng = generator(seed, stream, epoch)
+    order = torch.randperm(n, generator=rng)
+    return order.numpy(), torch.rand(n, generator=rng, dtype=torch.float64).numpy()
+
+
+def _draw(lengths: np.ndarray, size: int, rows: np.ndarray, seed: int, stream: str):
+    """Documents and offsets of the windows at places `rows` of the endless shuffled sequence.
+
+    A document's first window starts at 0, its others at random offsets of equal strata, so that
+    an epoch covers each document about once whatever its length.
+    """
+    doc, k, n = _windows(lengths, size)
+    window, u = np.empty_like(rows), np.empty(len(rows))
+    for epoch in np.unique(rows // len(doc)):
+        here = rows // len(doc) == epoch
+        order, jitter = _epoch(len(doc), seed, stream, int(epoch))
+        window[here] = order[rows[here] % len(doc)]
+        u[here] = jitter[window[here]]
+    doc, k, n = doc[window], k[window], n[window]
+    room = np.maximum(lengths[doc] - size + 1, 1)
+    return doc, np.maximum(0, np.floor((k - 1 + u) / np.maximum(n - 1, 1) * room)).astype(np.int64)
+
+
+def _gather(tokens: np.ndarray, start: np.ndarray, length: np.ndarray, fill: int):
+    """Rows tokens[start:start + length], right-padded with `fill`, and their mask; both (B, T)."""
+    column = np.arange(length.max())
+    mask = column < length[:, None]
+    idx = tokens[np.where(mask, start[:, None] + column, 0)].astype(np.int64)
+    return np.where(mask, idx, fill), mask
+
+
+def _cover(lengths: np.ndarray, size: int, batch_size: int) -> Iterator[tuple[np.ndarray, ...]]:
+    """All windows once, as (document, offset, length) of each batch: the longest come first."""
+    doc, k, _ = _windows(lengths, size)
+    length = np.minimum(lengths[doc] - k * size, size)
+    by_length = np.argsort(-length, kind="stable")  # so that little is padding
+    for rows in np.split(by_length, range(batch_size, len(doc), batch_size)):
+        yield doc[rows], k[rows] * size, length[rows]
+
+
+def _check_sizes(batch_size: int, block_size: int, least: int = 1) -> None:
+    for name, value, bound in ("batch_size", batch_size, 1), ("block_size", block_size, least):
+        if value < bound:
+            raise UserError(f"{name} is {value}: give at least {bound}")
+
+
+def lm_batch(shard: Shard, step: int, *, batch_size: int, block_size: int, seed: int) -> Tensor:
+    """Training rows for a causal LM: idx (B, block_size + 1) int64.
+
+    Rows start at a document's start (long documents: elsewhere too) and run on into the documents
+    that follow it in the file.
+    """
+    _check_sizes(batch_size, block_size)
+    rows = np.arange(step * batch_size, (step + 1) * batch_size)
+    doc, offset = _draw(shard.lengths, block_size, rows, seed, "lm")
+    place = (shard.starts[doc] + offset)[:, None] + np.arange(block_size + 1)
+    # modulo n_tokens - 1: the closing separator is the first one, and the file a ring
+    return torch.from_numpy(shard.tokens[place % shard.starts[-1]].astype(np.int64))
+
+
+def eval_batches(shard: Shard, *, block_size: int, batch_size: int) -> Iterator:
+    """Every token after the first, scored exactly once: yields idx (B, T + 1), mask (B, T).
+
+    Documents are cut into windows of block_size from their start; T is the longest of the batch.
+    """
+    _check_sizes(batch_size, block_size)
+    for doc, offset, length in _cover(shard.lengths, block_size, batch_size):
+        start = shard.starts[doc] + offset
+        idx, mask = _gather(shard.tokens, start, length + 1, int(shard.tokens[0]))
+        yield torch.from_numpy(idx), torch.from_numpy(mask[:, 1:])
+
+
+@dataclass(frozen=True)
+class MLMBatch:
+    """A batch for the masked language model; all (B, T)."""
+
+    idx: Tensor  # int64, [CLS] text [SEP] with some of the text masked
+    mask: Tensor  # bool, real tokens
+    targets: Tensor  # int64, the tokens before masking
+    predict: Tensor  # bool, the positions to predict
+
+
+def _masked(shard: Shard, tokenizer: Tokenizer, start, length, rng, mask_prob: float) -> MLMBatch:
+    """[CLS] tokens[start:start + length] [SEP], masked as BERT does (arXiv:1810.04805, 3.1).
+
+    Of the chosen tokens 80 % become [MASK], 10 % any ordinary token, 10 % stay. A row in which
+    chance chose none predicts one all the same: a row without a prediction is wasted work.
+    """
+    pad, cls, sep, msk = (tokenizer.special(s) for s in ("[PAD]", "[CLS]", "[SEP]", "[MASK]"))
+    targets, mask = _gather(shard.tokens, start - 1, length + 2, pad)
+    rows = np.arange(len(start))
+    targets[:, 0], targets[rows, length + 1] = cls, sep
+    text = mask.copy()
+    text[:, 0] = text[rows, length + 1] = False
+    # two numbers for each token in row order: the masks do not depend on how rows are batched
+    draws = torch.rand(int(length.sum()), 2, generator=rng, dtype=torch.float64).numpy()
+    choice, fate = np.full(mask.shape, 2.0), np.full(mask.shape, 2.0)
+    choice[text], fate[text] = draws[:, 0], draws[:, 1]
+    predict = choice < mask_prob
+    predict[rows, choice.argmin(1)] |= ~predict.any(1)
+    idx = np.where(predict & (fate < 0.8), msk, targets)
+    # ordinary ids are those below the first special; fate is uniform on [.8, .9) where it counts
+    ordinary = ((fate - 0.8) / 0.1 * tokenizer.special("<|endoftext|>")).astype(np.int64)
+    idx = np.where(predict & (fate >= 0.8) & (fate < 0.9), ordinary, idx)
+    return MLMBatch(*map(torch.from_numpy, (idx, mask, targets, predict)))
+
+
+def mlm_batch(shard: Shard, tokenizer: Tokenizer, step: int, *, batch_size: int, block_size: int,
+              seed: int, mask_prob: float = 0.15) -> MLMBatch:
+    """A training batch: rows of like length, T the longest of them (block_size at most)."""
+    _check_sizes(batch_size, block_size, 3)
+    lengths, size = shard.lengths - 1, block_size - 2
+    bucket, turn = divmod(step, BUCKET)
+    rows = np.arange(bucket * BUCKET * batch_size, (bucket + 1) * BUCKET * batch_size)
+    doc, offset = _draw(lengths, size, rows, seed, "mlm")
+    length = np.minimum(lengths[doc], size)
+    turns = torch.randperm(BUCKET, generator=generator(seed, "mlm-turns", bucket))
+    rows = np.argsort(length, kind="stable").reshape(BUCKET, batch_size)[turns[turn].item()]
+    start = shard.starts[doc[rows]] + 1 + offset[rows]
+    rng = generator(seed, "mlm-mask", step)
+    return _masked(shard, tokenizer, start, length[rows], rng, mask_prob)
+
+
+def mlm_eval_batches(shard: Shard, tokenizer: Tokenizer, *, block_size: int, batch_size: int,
+                     seed: int) -> Iterator[MLMBatch]:
+    """Every text token in exactly one row; 15 % masks fixed by the seed, whatever batch_size."""
+    _check_sizes(batch_size, block_size, 3)
+    rng = generator(seed, "mlm-eval")
+    for doc, offset, length in _cover(shard.lengths - 1, block_size - 2, batch_size):
+        yield _masked(shard, tokenizer, shard.starts[doc] + 1 + offset, length, rng, 0.15)
+
+
+def text_batch(tokenizer: Tokenizer, texts: Sequence[str], *, block_size: int):
+    """Whole texts for an encoder: idx (B, T) as [CLS] ids [SEP] cut at block_size, mask (B, T).
+
+    Each text starts with a space: its first word is then the same token as in mid-sentence.
+    """
+    _check_sizes(1, block_size, 2)
+    pad, cls, sep = (tokenizer.special(s) for s in ("[PAD]", "[CLS]", "[SEP]"))
+    spaced = [" " + text.strip() for text in texts]
+    rows = [[cls, *ids[: block_size - 2], sep] for ids in tokenizer.encode_batch(spaced)]
+    length = np.array([len(row) for row in rows])
+    idx, mask = _gather(np.concatenate(rows), np.cumsum(length) - length, length, pad)
+    return torch.from_numpy(idx), torch.from_numpy(mask)

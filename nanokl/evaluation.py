@@ -1,0 +1,97 @@
+"""What a policy is worth: fresh samples, exact KL, and what its reference reaches untrained."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanokl import UserError, ppo
+from nanokl.data import Shard
+from nanokl.gpt import GPT
+from nanokl.judgements import Judgements
+from nanokl.metrics import mean_se
+from nanokl.reward import RewardFunction
+from nanokl.runtime import Runtime, generator
+from nanokl.tokenizer import Tokenizer
+
+
+def prompt_docs(folder: Path, split: str, domains: str, tokenizer: Tokenizer) -> list[list[int]]:
+    """Token lists of the snippets of some domains, or of any prepared corpus."""
+    if not (folder / "judgements.jsonl").exists():
+        shard = Shard.open(folder / f"{split}.bin", tokenizer)
+        spans = zip(shard.starts[:-1], shard.starts[1:], strict=True)
+        return [shard.tokens[a + 1 : b].tolist() for a, b in spans]
+    j = Judgements.load(folder, split)
+    wanted = set(domains.split(",")) if domains else set(j.domain_names) - {"lexicon"}
+    if unknown := wanted - set(j.domain_names):
+        raise UserError(f"--domains has {', '.join(unknown)}: give some of {j.domain_names}")
+    texts = [t for t, d in zip(j.texts, j.domains, strict=True) if j.domain_names[d] in wanted]
+    return tokenizer.encode_batch(texts)
+
+
+@dataclass
+class Stage:
+    """What the rollouts of one run need besides the policy."""
+
+    config: ppo.PPOConfig
+    runtime: Runtime
+    tokenizer: Tokenizer
+    ref: GPT
+    reward: RewardFunction
+    seed: int
+
+    def prompts(self, docs, n: int, rng) -> list[list[int]]:
+        stop = self.tokenizer.special("<|endoftext|>")
+        return ppo.draw_prompts(docs, n, self.config, start=stop, rng=rng)
+
+    def rollouts(self, policy: GPT, prompts, rng) -> tuple[ppo.Rollout, Tensor]:
+        """Responses and their scores (B,)."""
+        stop = self.tokenizer.special("<|endoftext|>")
+        where = self.config, self.runtime
+        rollout = ppo.sample_rollouts(policy, prompts, *where, stop=stop, rng=rng)
+        return rollout, ppo.score_rollouts(self.reward, rollout, self.tokenizer, self.runtime)
+
+    def minibatches(self, n: int, rng) -> list[Tensor]:
+        """A shuffled epoch of row numbers."""
+        rows = torch.randperm(n, generator=rng).to(self.runtime.device)
+        return list(rows.split(self.config.minibatch))
+
+
+# Of n reference samples a prompt the best is kept: KL(best-of-n || ref) <= log n - (n - 1)/n.
+def best_of_n(stage: Stage, prompts, n_max: int = 16) -> list[dict]:
+    """What the reference reaches without training, for n = 1, 2, 4, ... n_max."""
+    repeated = [p for p in prompts for _ in range(n_max)]
+    rng = generator(stage.seed, "best-of-n")
+    score = stage.rollouts(stage.ref, repeated, rng)[1].view(-1, n_max)
+    out = []
+    for n in (2**k for k in range(n_max.bit_length())):
+        mean, se = mean_se(score.view(len(score), -1, n).amax(2).mean(1))  # by prompt
+        out.append({"n": n, "reward_mean": mean, "reward_mean_se": se,
+                    "kl_nats_bound": math.log(n) - (n - 1) / n})
+    return out
+
+
+def compare(stage: Stage, policy: GPT, docs, *, n: int, beta: float) -> tuple[dict, list[dict]]:
+    """Policy and reference on n fresh prompts, the same for both: numbers, and 16 samples."""
+    decode = stage.tokenizer.decode
+    prompts = stage.prompts(docs, n, generator(stage.seed, "held-out prompts"))
+    ref_rollout, ref_score = stage.rollouts(stage.ref, prompts, generator(stage.seed, "samples"))
+    rollout, score = stage.rollouts(policy, prompts, generator(stage.seed, "samples"))
+    order = list(torch.arange(n, device=score.device).split(256))
+    kl = ppo.measure(policy, stage.ref, rollout, order, stage.config, stage.runtime)[2].sum(1)
+    out = {"beta": beta, "samples": len(prompts),
+           "reward_ref_sd": ref_score.std().item(),
+           "distinct_2": ppo.distinct_n(rollout.responses()),
+           "distinct_2_ref": ppo.distinct_n(ref_rollout.responses())}
+    values = {"reward_ref_mean": ref_score, "reward_mean": score, "kl_nats_per_sequence": kl,
+              "objective_ref": ref_score, "objective": score - beta * kl}
+    for key, x in values.items():
+        out[key], out[f"{key}_se"] = mean_se(x)
+    out["best_of_n"] = best_of_n(stage, prompts[:128])
+    before, after = ref_rollout.responses(), rollout.responses()
+    samples = [{"prompt": decode(prompts[i][1:]), "before": decode(before[i]),
+                "after": decode(after[i]), "score_before": ref_score[i].item(),
+                "score_after": score[i].item(), "kl_nats": kl[i].item()} for i in range(min(16, n))]
+    return out, samples

@@ -1,0 +1,131 @@
+"""Human ratings of texts, and the comparisons that they imply.
+
+Each snippet was rated by many people. One rating of one snippet against one rating of another is a
+real judgement with its real noise: it trains the reward model. What the mean of all the other
+raters would have answered is the human ceiling, the most that a model can hope to agree.
+
+Left out: who rated what (the raters are anonymous) and comparisons across domains.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nanokl import UserError
+from nanokl.runtime import generator
+
+
+@dataclass(frozen=True)
+class Judgements:
+    """Texts with the individual ratings that people gave them."""
+
+    ids: list[str]
+    domains: np.ndarray  # (n,) int64, indices into domain_names
+    domain_names: list[str]  # of the whole file: the same numbers in every split
+    texts: list[str]
+    ratings: np.ndarray  # (n, R) float32, padded with zeros at the right
+    n_ratings: np.ndarray  # (n,) int64
+
+    def mean(self) -> np.ndarray:
+        """(n,) mean rating of each text."""
+        return self.ratings.sum(1) / self.n_ratings
+
+    @classmethod
+    def load(cls, folder, split: str) -> "Judgements":
+        """Read one split of folder/judgements.jsonl; UserError when it is missing or broken."""
+        path = Path(folder) / "judgements.jsonl"
+        if not path.is_file():
+            raise UserError(f"no human ratings at {path}: make them with data/hutto/prepare.py")
+        rows = []
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+            try:
+                row = json.loads(line)
+                rows.append([row[key] for key in ("id", "domain", "split", "text", "ratings")])
+            except (ValueError, KeyError, TypeError):
+                problem = f"{path} is broken in line {number}: prepare it again with --force"
+                raise UserError(problem) from None
+        names = list(dict.fromkeys(row[1] for row in rows))
+        rows = [row for row in rows if row[2] == split]
+        if not rows:
+            raise UserError(f"{path} has no ratings in the split {split}: prepare it again")
+        ids, domains, _, texts, ratings = zip(*rows, strict=True)
+        n_ratings = np.array([len(r) for r in ratings])
+        padded = np.zeros((len(rows), n_ratings.max()), np.float32)
+        padded[np.arange(padded.shape[1]) < n_ratings[:, None]] = np.concatenate(ratings)
+        numbers = np.array([names.index(domain) for domain in domains])
+        return cls(list(ids), numbers, names, list(texts), padded, n_ratings)
+
+
+def _one_rating(j: Judgements, rows: np.ndarray, rng: torch.Generator):
+    """The rating that one rater, drawn uniformly and afresh, gave to each of `rows`."""
+    u = torch.rand(rows.shape, generator=rng, dtype=torch.float64).numpy()
+    return j.ratings[rows, (u * j.n_ratings[rows]).astype(np.int64)]
+
+
+def comparison_groups(j: Judgements, step: int, *, n_groups: int, group_size: int, seed: int):
+    """Training comparisons: rows (G, K) int64, wins (G, K, K) float32, valid (G, K, K) bool.
+
+    A group is K different snippets of one domain, which is drawn with odds of the square root of
+    its size: a middle way between equal snippets and equal domains. Each pair a < b compares one
+    fresh rating of a with one of b: wins[a, b] is 1 where a is rated higher, valid is False for
+    ties and elsewhere.
+    """
+    counts = torch.from_numpy(np.bincount(j.domains))
+    smallest = int(counts[counts > 0].min())
+    if n_groups < 1 or not 2 <= group_size <= smallest:
+        raise UserError(f"n_groups is {n_groups} and group_size {group_size}: give at least 1, and "
+                        f"2 to {smallest} (the snippets of the smallest domain)")
+    rng = generator(seed, "groups", step)
+    drawn = torch.multinomial(counts.sqrt(), n_groups, replacement=True, generator=rng)
+    domains = [np.flatnonzero(j.domains == int(d)) for d in drawn]
+    rows = np.stack([d[torch.randperm(len(d), generator=rng)[:group_size]] for d in domains])
+    square = (n_groups, group_size, group_size)
+    rating_a = _one_rating(j, np.broadcast_to(rows[:, :, None], square), rng)
+    rating_b = _one_rating(j, np.broadcast_to(rows[:, None, :], square), rng)
+    upper = np.triu(np.ones((group_size, group_size), bool), 1)
+    wins = upper & (rating_a > rating_b)
+    valid = upper & (rating_a != rating_b)
+    return torch.from_numpy(rows), torch.from_numpy(wins).float(), torch.from_numpy(valid)
+
+
+# With s the sum of a snippet's n ratings and x the one drawn, the others' mean is (s - x)/(n - 1).
+# For two snippets the sign of the difference of their others' means is that of
+#
+#     (s_a - x_a)(n_b - 1) - (s_b - x_b)(n_a - 1),        exact for whole ratings
+#
+def human_pairs(j: Judgements, *, n_pairs: int, seed: int) -> dict[str, np.ndarray]:
+    """Judgements to test a model on, each with the answer of the other raters; arrays (n_pairs,).
+
+    a, b: different snippets of one domain; a_wins: the answer of one rater for each, never a tie;
+    human: 1 where the means of the other raters agree with it, 0 where not, .5 where they tie;
+    domain. The domains have equal shares. UserError when no two snippets can be compared.
+    """
+    rng = generator(seed, "pairs")
+    present = np.unique(j.domains)
+    shares = np.diff(np.arange(len(present) + 1) * n_pairs // len(present))
+    parts = [_untied_pairs(j, d, n, rng) for d, n in zip(present, shares, strict=True)]
+    a, b, x_a, x_b = (np.concatenate(column) for column in zip(*parts, strict=True))
+    total, others = j.ratings.sum(1, dtype=np.float64), j.n_ratings - 1
+    gap = (total[a] - x_a) * others[b] - (total[b] - x_b) * others[a]
+    human = (1 + np.sign(gap) * np.sign(x_a - x_b)) / 2
+    return {"a": a, "b": b, "a_wins": x_a > x_b, "human": human, "domain": j.domains[a]}
+
+
+def _untied_pairs(j: Judgements, domain: int, n: int, rng: torch.Generator) -> list[np.ndarray]:
+    """n pairs of one domain whose two ratings differ: rows a and b, ratings of a and b."""
+    rows = np.flatnonzero((j.domains == domain) & (j.n_ratings > 1))  # so that others rated it too
+    parts, found = [], 0
+    for _ in range(100 if len(rows) > 1 else 0):
+        i = torch.randint(len(rows), (2 * n + 64,), generator=rng).numpy()
+        shift = torch.randint(1, len(rows), (2 * n + 64,), generator=rng).numpy()
+        a, b = rows[i], rows[(i + shift) % len(rows)]
+        x_a, x_b = _one_rating(j, a, rng), _one_rating(j, b, rng)
+        parts.append([column[x_a != x_b] for column in (a, b, x_a, x_b)])
+        found += len(parts[-1][0])
+        if found >= n:
+            return [np.concatenate(column)[:n] for column in zip(*parts, strict=True)]
+    raise UserError(f"the ratings of the domain {j.domain_names[domain]} hold too few different "
+                    "judgements to compare: give more snippets or raters")

@@ -1,0 +1,239 @@
+"""KL-penalised PPO: maximise E[score] - beta KL(policy || ref) over whole responses.
+
+One batch goes through rollout -> score -> measure -> advantages -> a few epochs of minibatches.
+All per-token tensors are (B, T-1), aligned with logp, and True in `mask` marks the response.
+Ziegler et al. arXiv:1909.08593; Schulman et al. arXiv:1707.06347. Left out: rewards inside the
+response, a separate critic network.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanokl import UserError, require_positive
+from nanokl.generate import Rollout, generate
+from nanokl.gpt import GPT
+from nanokl.logprob import linear_logprob, masked_mean, masked_whiten
+from nanokl.reward import RewardFunction, check_scores
+
+
+@dataclass(kw_only=True)
+class SamplingConfig:
+    """Which prompts, and how they are continued: this is what defines the reference's texts."""
+
+    domains: str = "movie,product"  # snippets whose first tokens are the prompts; "" for all
+    min_prompt: int = 3  # tokens of the shortest prompt
+    max_prompt: int = 8  # tokens of the longest
+    max_new_tokens: int = 24  # longest response
+    temperature: float = 1.0  # of sampling, and of every log-prob
+
+    def __post_init__(self):
+        require_positive(self, "min_prompt", "max_prompt", "max_new_tokens", "temperature")
+
+
+@dataclass(kw_only=True)
+class PPOConfig(SamplingConfig):
+    """What the update needs to know; the scripts add data and evaluation."""
+
+    n_epoch: int = 2  # passes over each batch
+    minibatch: int = 64  # rows per gradient step
+    gamma: float = 1.0  # discount; below 1 the objective is no longer E[score] - beta KL
+    lam: float = 0.95  # GAE
+    clip: float = 0.2  # of the probability ratio
+    value_clip: float = 0.2  # of the value's move
+    value_coef: float = 0.1  # weight of the value loss
+    max_grad_norm: float = 1.0  # gradient clipping
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_positive(self, "n_epoch", "minibatch", "clip", "value_clip", "max_grad_norm")
+
+
+@dataclass
+class Experience:
+    """A batch of rollouts with everything that the update reads."""
+
+    rollout: Rollout
+    score: Tensor  # (B,) of the whole text
+    logp: Tensor  # (B, T-1) of the policy that sampled, by the same code as in the update
+    logp_ref: Tensor  # (B, T-1)
+    kl: Tensor  # (B, T-1) exact full-vocabulary KL(policy || ref) at each step
+    entropy: Tensor  # (B, T-1)
+    value: Tensor  # (B, T-1)
+    adv: Tensor  # (B, T-1) whitened
+    ret: Tensor  # (B, T-1)
+
+
+# reward_t = -beta k1_t + [t last] score,  k1_t = logp_t - logp_ref_t.
+# Summed over the response its mean is E[score] - beta KL(policy || ref), and as a reward its
+# policy gradient is exact; the other estimators and places are biased (theory: k1 in the loss
+# has gradient 0, k3 in the reward points the wrong way).
+def kl_penalised_reward(logp: Tensor, logp_ref: Tensor, score: Tensor, mask: Tensor, *,
+                        beta: float) -> Tensor:
+    """(B, T-1) rewards: the price of each token, and the score on the last real token."""
+    reward = -beta * (logp - logp_ref) * mask
+    steps = torch.arange(mask.shape[1], device=mask.device)
+    last = (steps * mask).argmax(1, keepdim=True)  # the stop token itself where there is one
+    return reward.scatter_add(1, last, score[:, None].to(reward))
+
+
+# delta_t = reward_t + gamma value_{t+1} - value_t;  adv_t = delta_t + gamma lam adv_{t+1};
+# ret_t = adv_t + value_t.  arXiv:1506.02438 eq. 16.
+def gae(reward: Tensor, value: Tensor, mask: Tensor, *, gamma: float,
+        lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantages and returns, (B, T) like everything given, 0 outside the mask.
+
+    The value after a row's last token is 0: a response ends there, stopped or cut.
+    """
+    adv = torch.zeros_like(reward)
+    next_adv = next_value = reward.new_zeros(len(reward))
+    for t in reversed(range(reward.shape[1])):
+        delta = reward[:, t] + gamma * next_value - value[:, t]
+        next_adv = (delta + gamma * lam * next_adv) * mask[:, t]
+        next_value = value[:, t] * mask[:, t]
+        adv[:, t] = next_adv
+    return adv, (adv + value) * mask
+
+
+# L = -mean min(rho adv, clip(rho, 1-eps, 1+eps) adv),  rho = exp(logp - logp_old).  eq. 7
+def policy_loss(logp: Tensor, logp_old: Tensor, adv: Tensor, mask: Tensor, *,
+                clip: float) -> tuple[Tensor, dict]:
+    """Clipped surrogate, mean over the response tokens; returns (loss, info)."""
+    log_ratio = (logp - logp_old) * mask
+    ratio = log_ratio.exp()
+    loss = torch.maximum(-ratio * adv, -ratio.clamp(1 - clip, 1 + clip) * adv)
+    with torch.no_grad():
+        info = {
+            "clip_fraction": masked_mean(((ratio - 1).abs() > clip).float(), mask),
+            "approx_kl": masked_mean(ratio - 1 - log_ratio, mask),
+            "ratio_max_deviation": (ratio - 1).abs().max(),
+        }
+    return masked_mean(loss, mask), info
+
+
+# L = 1/2 mean max((v - ret)^2, (v_old + clip(v - v_old, +-eps) - ret)^2)
+def value_loss(value: Tensor, value_old: Tensor, ret: Tensor, mask: Tensor, *,
+               clip: float) -> Tensor:
+    """Half the squared error of the value, the worse of moved and clipped, over the response."""
+    near = value_old + (value - value_old).clamp(-clip, clip)
+    return 0.5 * masked_mean(torch.maximum((value - ret).square(), (near - ret).square()), mask)
+
+
+@dataclass
+class BetaController:
+    """Fixed beta, or Ziegler's: beta *= 1 + clip(kl/target - 1, +-.2) n / horizon."""
+
+    beta: float
+    target: float | None = None  # nats per sequence; None keeps beta fixed
+    horizon: float = 10_000.0  # episodes
+
+    def update(self, kl_nats_per_sequence: float, n_episodes: int) -> None:
+        if self.target is not None:
+            error = min(max(kl_nats_per_sequence / self.target - 1, -0.2), 0.2)
+            self.beta *= 1 + error * n_episodes / self.horizon
+
+
+def draw_prompts(docs: list[list[int]], n: int, config: SamplingConfig, *, start: int,
+                 rng: torch.Generator) -> list[list[int]]:
+    """n prompts: `start` and the first few tokens of a random text, of ragged length.
+
+    Lengths are uniform on min_prompt..max_prompt; a text always has more tokens than its prompt.
+    """
+    docs = [doc for doc in docs if len(doc) > config.max_prompt]
+    if not docs or not 0 < config.min_prompt <= config.max_prompt:
+        raise UserError(f"no prompts of {config.min_prompt} to {config.max_prompt} tokens can be "
+                        f"cut from {len(docs)} texts: lower --max_prompt or widen --domains")
+    which = torch.randint(len(docs), (n,), generator=rng).tolist()
+    span = (config.min_prompt, config.max_prompt + 1)
+    length = torch.randint(*span, (n,), generator=rng).tolist()
+    return [[start, *docs[i][:k]] for i, k in zip(which, length, strict=True)]
+
+
+def make_policy(ref: GPT) -> GPT:
+    """A copy of ref, without dropout, with a value head that starts at 0."""
+    policy = GPT(GPT.Config(**{**vars(ref.config), "value_head": True, "dropout": 0.0}))
+    # A reference that PPO made has a value head too: it valued another reward.
+    weights = {k: x for k, x in ref.state_dict().items() if not k.startswith("value.")}
+    missing, extra = policy.load_state_dict(weights, strict=False)
+    assert set(missing) == {"value.weight", "value.bias"} and not extra, (missing, extra)
+    return policy.to(ref.head.weight.device)
+
+
+def sample_rollouts(policy: GPT, prompts: list[list[int]], config: SamplingConfig, runtime, *,
+                    stop: int, rng: torch.Generator) -> Rollout:
+    """Responses to all prompts, each rank sampling its share, in one fixed width T."""
+    width = 1 + config.max_prompt + config.max_new_tokens
+    u = torch.rand(len(prompts), config.max_new_tokens, generator=rng)
+    with runtime.autocast():
+        mine = generate(policy, prompts[runtime.rank :: runtime.world], config.max_new_tokens,
+                        temperature=config.temperature, stop=stop, u=runtime.shard(u))
+    pad = (0, width - mine.idx.shape[1])
+    wide = [torch.nn.functional.pad(x, pad) for x in (mine.idx, mine.mask, mine.logp)]
+    return Rollout(*(runtime.gather(x) for x in (*wide, mine.n_prompt, mine.stopped)))
+
+
+def score_rollouts(reward: RewardFunction, rollout: Rollout, tokenizer, runtime) -> Tensor:
+    """Scores (B,) of the whole texts, prompt included, each rank scoring its share."""
+    ids = runtime.shard(rollout.rows())
+    stop = tokenizer.special("<|endoftext|>")  # opens and may close a text; no part of it
+    texts = [tokenizer.decode([i for i in row if i != stop]) for row in ids]
+    return runtime.gather(check_scores(reward(ids, texts), len(ids)).to(rollout.idx.device))
+
+
+@torch.no_grad()
+def measure(policy: GPT, ref: GPT, rollout: Rollout, minibatches: list[Tensor],
+            config: SamplingConfig, runtime) -> tuple[Tensor, ...]:
+    """logp, logp_ref, kl, entropy, value of the response tokens, (B, T-1) each, 0 elsewhere.
+
+    In the very minibatches of the first epoch: the same rows in the same shapes give the same
+    bits, so that the first ratio is exactly 1 in any precision.
+    """
+    out = torch.zeros(5, *rollout.mask.shape, device=rollout.idx.device)
+    for rows in minibatches:
+        mine = runtime.shard(rows)
+        idx, mask = rollout.idx[mine], rollout.mask[mine]
+        with runtime.autocast():
+            h, h_ref = policy(idx)[:, :-1], ref(idx)[:, :-1]
+            new = linear_logprob(h, policy.head.weight, idx[:, 1:], mask=mask, entropy=True,
+                                 temperature=config.temperature, ref=(h_ref, ref.head.weight))
+            old = linear_logprob(h_ref, ref.head.weight, idx[:, 1:], mask=mask,
+                                 temperature=config.temperature)
+            value = policy.value(h).float()[..., 0]
+        stats = torch.stack([new.logp, old.logp, new.kl, new.entropy, value * mask], dim=1)
+        out[:, rows] = runtime.gather(stats).transpose(0, 1)
+    return tuple(out)
+
+
+def collect(policy: GPT, ref: GPT, rollout: Rollout, score: Tensor, minibatches: list[Tensor],
+            config: PPOConfig, runtime, *, beta: float) -> Experience:
+    """Measured rollouts with their advantages, whitened over the whole batch."""
+    logp, logp_ref, kl, entropy, value = measure(policy, ref, rollout, minibatches, config, runtime)
+    reward = kl_penalised_reward(logp, logp_ref, score, rollout.mask, beta=beta)
+    adv, ret = gae(reward, value, rollout.mask, gamma=config.gamma, lam=config.lam)
+    adv = masked_whiten(adv, rollout.mask)
+    return Experience(rollout, score, logp, logp_ref, kl, entropy, value, adv, ret)
+
+
+def minibatch_loss(model, policy: GPT, x: Experience, rows: Tensor, config: PPOConfig,
+                   runtime) -> tuple[Tensor, dict]:
+    """Policy and value loss on a minibatch; `model` is the policy as runtime.wrap gave it."""
+    # The mean over all ranks' tokens: each rank's mean is weighed by its share of them.
+    share = x.rollout.mask[runtime.shard(rows)].sum() / x.rollout.mask[rows].sum()
+    rows = runtime.shard(rows)
+    idx, mask = x.rollout.idx[rows], x.rollout.mask[rows]
+    with runtime.autocast():
+        h = model(idx)[:, :-1]
+        logp = linear_logprob(h, policy.head.weight, idx[:, 1:], mask=mask,
+                              temperature=config.temperature).logp
+        value = policy.value(h).float()[..., 0]
+    loss_pi, info = policy_loss(logp, x.logp[rows], x.adv[rows], mask, clip=config.clip)
+    loss_v = value_loss(value, x.value[rows], x.ret[rows], mask, clip=config.value_clip)
+    loss = (loss_pi + config.value_coef * loss_v) * share * runtime.world
+    return loss, {"value_loss": loss_v.detach(), **info}
+
+
+def distinct_n(rows: list[list[int]], n: int = 2) -> float:
+    """Different n-grams over all n-grams, within rows: 1 where nothing is said twice."""
+    grams = [tuple(row[i : i + n]) for row in rows for i in range(len(row) - n + 1)]
+    return len(set(grams)) / max(len(grams), 1)

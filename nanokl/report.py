@@ -1,0 +1,218 @@
+"""The report of a run: figures, one self-contained HTML page, and the merged summary.
+
+Reads RUN/{gpt,bert,reward,ppo}/{summary.json,metrics.jsonl,flags.json} and RUN/ppo/samples.jsonl:
+files only, no model. The page has no script and loads nothing; it reads on a phone, in dark mode
+and on paper (report.css). Leaves out the drawing itself (figures.py) and comparing several runs.
+"""
+
+import json
+import shlex
+from collections import defaultdict
+from datetime import datetime
+from html import escape
+from pathlib import Path
+from typing import NamedTuple
+
+from nanokl import UserError
+from nanokl import figures as fig
+from nanokl.metrics import duration, read_rows, write_json, write_text
+
+STAGES = {  # in order: the program, and the section of the page
+    "gpt": ("train_pretrain.py gpt", "Pretraining"),
+    "bert": ("train_pretrain.py bert", "Pretraining"),
+    "reward": ("train_rlhf.py reward", "Reward model"),
+    "ppo": ("train_rlhf.py ppo", "Policy (PPO)"),
+}
+# The headline: stage, metric, format, unit, and what to hold it against.
+TILES = [
+    ("gpt", "bits_per_byte", ".3f", "bits per byte", "GPT on held-out text; raw bytes cost 8. "
+     "The model has {parameters} parameters"),
+    ("bert", "mlm_accuracy", ".3f", "of masked tokens", "guessed right by the encoder on held-out "
+     "text; {mlm_nats_per_token} nats each"),
+    ("reward", "pair_accuracy", ".3f", "of pairs", "ordered by the reward model as a single "
+     "rater did, unseen snippets; human ceiling {human_ceiling}, coin .5"),
+    ("ppo", "reward_mean", ".2f", "sd of reward", "Mean score of the policy; the reference model "
+     "that it started from has {reward_ref_mean}"),
+    ("ppo", "kl_nats_per_sequence", ".2f", "nats of KL", "How far a sequence of the policy is from "
+     "the reference. Before the first update {kl_at_step_0}, and |ratio − 1| at most "
+     "{first_ratio_max_deviation}"),
+    ("ppo", "objective", ".2f", "sd of objective", "What PPO maximises, reward − beta KL with beta "
+     "= {beta} a nat; the reference has {objective_ref}"),
+    ("ppo", "distinct_2", ".3f", "distinct-2", "Different pairs of neighbouring tokens over all "
+     "pairs, low where a policy repeats itself; the reference has {distinct_2_ref}"),
+]
+# The reward model beside people: metric, yardstick, its name.
+AGREEMENT = {"Pair accuracy": ("pair_accuracy", "human_ceiling", "human ceiling"),
+             "Pearson r": ("pearson_r", "human_r", "one human")}
+# Figures: stage, file, title, y axis, caption, painter and what to paint.
+FIGURES = [
+    ("gpt", "gpt_loss", "GPT loss", "nats per token",
+     "Validation is a full pass over a pinned slice. The first, steep steps may leave the frame.",
+     fig.curves, {"loss_nats_per_token": "training", "val_nats_per_token": "validation"}),
+    ("bert", "bert_loss", "BERT loss", "nats per masked token",
+     "On the masked tokens alone; the masks of validation are fixed.",
+     fig.curves, {"loss_nats_per_token": "training", "mlm_nats_per_token": "validation"}),
+    ("reward", "reward_accuracy", "Pair accuracy", "share of pairs, by domain",
+     "Pairs ordered as one rater did, on unseen snippets; ceiling: the mean of all other raters.",
+     fig.dots, AGREEMENT["Pair accuracy"]),
+    ("reward", "reward_pearson", "Pearson r", "correlation with the mean rating, by domain",
+     "One human is held against the mean of the others.", fig.dots, AGREEMENT["Pearson r"]),
+    ("reward", "reliability", "Reliability", "share that came true",
+     "On the line, what is given 70 % comes true in 70 % of cases.", fig.reliability),
+    ("reward", "reward_loss", "Reward model loss", "nats per pair",
+     "Bradley-Terry on comparisons by single raters; a coin has 0.69.",
+     fig.curves, {"loss_nats_per_pair": "training", "val_nats_per_pair": "validation"}),
+    ("ppo", "ppo_reward_kl", "Reward against KL", "sd of the reference's scores",
+     "What training pays and gets. The best of n reference samples needs no training and costs at "
+     "most log n − (n − 1) / n nats.", fig.frontier),
+    ("ppo", "ppo_reward", "Reward and objective", "sd of the reference's scores",
+     "The distance between the two is what the KL costs.",
+     fig.curves, {"objective": "objective", "reward_mean": "reward"}),
+    ("ppo", "ppo_kl", "KL from the reference", "nats per sequence",
+     "Exact over the whole vocabulary, and estimated from the sampled tokens alone.",
+     fig.curves, {"kl_k1_nats_per_sequence": "k1 estimate", "kl_nats_per_sequence": "exact"}),
+    ("ppo", "ppo_entropy", "Entropy", "nats per token",
+     "Uncertainty about the next token; at 0 the policy says only one thing.",
+     fig.curves, {"entropy_nats_per_token": "policy"}),
+]  # fmt: skip
+
+
+class Stage(NamedTuple):
+    summary: dict
+    rows: list[dict]
+    flags: dict
+
+
+def read_stage(folder: Path) -> Stage:
+    """What a stage has left so far; empty where a file is missing."""
+
+    def read(name: str) -> dict:
+        try:
+            return dict(json.loads((folder / name).read_text("utf-8")))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError):
+            raise UserError(f"{folder / name} is damaged: it has to hold one JSON object; "
+                            "run the stage again") from None
+
+    return Stage(read("summary.json"), read_rows(folder / "metrics.jsonl"), read("flags.json"))
+
+
+def merge(run: Path, stages: dict[str, Stage]) -> dict:
+    """All summaries, and wall_seconds from RUN/started to the last stage's end, or their sum."""
+    summaries = {name: stage.summary for name, stage in stages.items() if stage.summary}
+    try:
+        end = max(datetime.fromisoformat(s["date"]) for s in summaries.values())
+        wall = end.timestamp() - float((run / "started").read_text())
+    except (OSError, KeyError, ValueError, TypeError):
+        wall = sum(summary.get("wall_seconds") or 0.0 for summary in summaries.values())
+    peak = max((s.get("peak_memory_gib") or 0.0 for s in summaries.values()), default=0.0)
+    return {"wall_seconds": round(wall, 1), "peak_memory_gib": peak, **summaries}
+
+
+def command(stage: str, flags: dict) -> str:
+    """The command line that has these flags, to be pasted into a shell."""
+    words = ["python", *STAGES[stage][0].split()]
+    for name, value in {**flags, "resume": None}.items():  # a repeat starts afresh
+        if value is not None:  # None is always the default
+            switch = f"--{name}" if value else f"--no-{name}"
+            words.append(switch if isinstance(value, bool) else f"--{name}={value}")
+    return shlex.join(words)
+
+
+def number(value: float | None, spec: str = ".3f", se: float | None = None) -> str:
+    """A number with its standard error as text, with a true minus; a dash where there is none."""
+    text = "–" if value is None else format(value, spec).replace("-", "−")
+    return text if se is None else f"{text} ± {se:{spec}}"
+
+
+def table(kind: str, head: list[str], rows: list[list[str]]) -> str:
+    """Cells are plain text; each knows the name of its column, which a phone shows beside it."""
+    head = [escape(name) for name in head]
+    top = "".join(f"<th>{name}</th>" for name in head)
+    rows = [zip(head, map(escape, row), strict=True) for row in rows]
+    cells = ["".join(f'<td data-name="{name}">{cell}</td>' for name, cell in row) for row in rows]
+    body = "".join(f"<tr>{row}</tr>\n" for row in cells)
+    return (f'<div class="scroll"><table class="{kind}"><thead><tr>{top}</tr></thead>'
+            f"<tbody>{body}</tbody></table></div>\n")
+
+
+def tiles(stages: dict[str, Stage]) -> str:
+    """The headline numbers, each with its unit, standard error where known, and yardstick."""
+    out = ""
+    for name, key, spec, unit, note in TILES:
+        summary = stages[name].summary
+        if summary.get(key) is not None:
+            texts = {k: number(v, "," if isinstance(v, int) else ".3g")
+                     for k, v in summary.items() if isinstance(v, (int, float))}
+            note = escape(note.format_map(defaultdict(lambda: "–", texts)))
+            value = number(summary[key], spec, summary.get(f"{key}_se"))
+            out += f'<div class="tile"><b>{value}</b> {unit}<small>{note}</small></div>\n'
+    return f'<div class="tiles">{out}</div>'
+
+
+def agreement(summary: dict) -> str:
+    """The numbers of the reward model beside people and given figures, by domain."""
+    out = ""
+    for title, of in AGREEMENT.items():
+        names, kinds = fig.beside_people(summary, *of)
+        rows = [[name, *(number(value[i], ".3f", se[i]) for _, value, se in kinds)]
+                for i, name in enumerate(names)]
+        out += table("numbers", [title, *(kind[0] for kind in kinds)], rows) if rows else ""
+    return out
+
+
+def samples(path: Path) -> str:
+    """The sample table, as the run has left it."""
+    head = ["prompt", "before", "after", "score before", "score after", "KL, nats"]
+    keys = ("score_before", "score_after", "kl_nats")
+    cells = [[*(str(r.get(k, "")) for k in head[:3]), *(number(r.get(k), ".2f") for k in keys)]
+             for r in read_rows(path)]
+    title = "<h2>Samples</h2><p>The same prompts before and after PPO, not selected.</p>"
+    return title + table("samples", head, cells) if cells else ""
+
+
+def write_report(run: Path) -> Path:
+    """Write RUN/report.html, RUN/summary.json and RUN/figures/*.png; return the page's path.
+
+    A stage without files is left out, and the page says so. UserError: no stage at all, a damaged
+    file, no matplotlib.
+    """
+    run = Path(run)
+    stages = {name: read_stage(run / name) for name in STAGES}
+    if not any(stage.summary or stage.rows for stage in stages.values()):
+        raise UserError(f"{run} holds no stage to report: looked for {', '.join(STAGES)} with a "
+                        "summary.json or metrics.jsonl; give the folder above them, or train first")
+    sections = dict.fromkeys((heading for _, heading in STAGES.values()), "")
+    for name, *spec in FIGURES:
+        sections[STAGES[name][1]] += fig.draw(run / "figures", *stages[name][:2], *spec)
+    sections[STAGES["reward"][1]] += agreement(stages["reward"].summary)
+    body = "".join(f'<h2>{heading}</h2><div class="figures">{items}</div>\n'
+                   for heading, items in sections.items() if items)
+    merged = merge(run, stages)
+    write_json(run / "summary.json", merged)
+    write_text(run / "report.html", page(run, stages, merged["wall_seconds"], body))
+    return run / "report.html"
+
+
+def page(run: Path, stages: dict[str, Stage], wall_seconds: float, body: str) -> str:
+    """The whole page around the sections."""
+    known = {k: str(v) for stage in stages.values() for k, v in stage.summary.items()}
+    about = [str(run), *(known[key] for key in ("date", "machine") if key in known),
+             f"{duration(wall_seconds)} in all"]
+    absent = ", ".join(name for name, stage in stages.items() if not stage.summary)
+    note = f"<p><b>Not finished, no summary yet: {absent}.</b></p>" if absent else ""
+    commands = "\n".join(command(name, s.flags) for name, s in stages.items() if s.flags)
+    css = Path(__file__).with_name("report.css").read_text("utf-8")
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>nanokl report: {escape(run.name)}</title>
+<meta name="viewport" content="width=device-width,initial-scale=1"><style>{css}</style>
+</head><body><h1>From human ratings to a KL-penalised policy</h1>
+<small>{escape(" · ".join(about))}</small>{note}
+{tiles(stages)}
+<small>± and bars: one standard error. A nat is 1.44 bits. Rewards are in standard deviations (sd)
+of the reference's own scores.</small>
+{body}{samples(run / "ppo" / "samples.jsonl")}
+<h2>How to reproduce</h2><p>Each stage with all its flags.</p><pre>{escape(commands)}</pre>
+</body></html>
+"""

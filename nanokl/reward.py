@@ -1,0 +1,242 @@
+"""Reward models: a scalar head on any trunk, learnt from human comparisons; and any function.
+
+A reward function takes token ids and texts, one each per sample, and returns one number each.
+A RewardModel is one; so is anything of the form `def reward(ids, texts): return [...]`.
+"""
+
+import runpy
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanokl import UserError, checkpoint
+from nanokl.bert import BERT
+from nanokl.data import text_batch
+from nanokl.gpt import GPT
+from nanokl.judgements import Judgements, human_pairs
+from nanokl.tokenizer import Tokenizer
+
+RewardFunction = Callable[[list[list[int]], list[str]], Sequence[float]]
+TRUNKS = {"BERT": BERT, "GPT": GPT}
+
+
+@dataclass
+class RewardConfig:
+    trunk: str = "BERT"  # BERT or GPT
+    trunk_config: dict = field(default_factory=dict)  # the trunk's own config
+    dropout: float = 0.0  # on the pooled hidden state, in train mode only
+
+
+class RewardModel(nn.Module):
+    """score = gain * (w . [pool(h), mean(x)]) + bias, (B,).
+
+    pool(h) is the mean over an encoder's real tokens, or a causal model's last one, which alone
+    has seen the whole text. mean(x), of the blocks' input, is a bag of words: most of what a
+    small model knows about sentiment, and it takes no depth to learn. The domain of a text goes
+    in as BERT's segment embedding, added to every token: people rate news by another measure.
+    """
+
+    Config = RewardConfig
+
+    def __init__(self, config: RewardConfig):
+        super().__init__()
+        self.config = config
+        cls = TRUNKS[config.trunk]
+        self.trunk = cls(cls.Config(**config.trunk_config))
+        # The trunk's own heads play no part, and DDP stops where a parameter gets no gradient.
+        for name, p in self.trunk.named_parameters():  # a tied weight comes once, as wte's
+            if name.startswith(("head.", "transform.", "value.")):
+                p.requires_grad_(False)
+        C = self.trunk.config.n_embd
+        self.drop = nn.Dropout(config.dropout)
+        self.score = nn.Linear(2 * C, 1, bias=False)  # comparisons cannot see a constant
+        nn.init.normal_(self.score.weight, std=(2 * C + 1) ** -0.5)  # Ziegler et al. 2019
+        self.register_buffer("gain", torch.ones(()))
+        self.register_buffer("bias", torch.zeros(()))
+
+    @classmethod
+    def on(cls, trunk: nn.Module, *, n_domain: int, dropout: float = 0.0) -> "RewardModel":
+        """A fresh head on a pretrained trunk (its weights are copied), one segment a domain."""
+        config = {**asdict(trunk.config), "n_segment": n_domain, "dropout": dropout}
+        model = cls(RewardConfig(type(trunk).__name__, config, dropout))
+        weights = trunk.state_dict()
+        first = weights["wse.weight"][0] if trunk.config.n_segment else torch.zeros(())
+        weights["wse.weight"] = first.expand_as(model.trunk.wse.weight)
+        model.trunk.load_state_dict(weights)
+        return model
+
+    def pool(self, h: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+        """h, x (B, T, C) -> (B, 2C)."""
+        mean = (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        if self.trunk.config.causal:
+            top = h[torch.arange(len(h), device=h.device), mask.sum(1) - 1]
+        else:
+            top = (h * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return torch.cat((top, mean), dim=1)
+
+    def forward(self, idx: Tensor, mask: Tensor, domain: Tensor) -> Tensor:
+        """Scores (B,), float32, of right-padded texts idx (B, T) with mask (B, T), domain (B,)."""
+        segment = domain[:, None].expand_as(idx)
+        h, x = self.trunk(idx, mask, segment), self.trunk.embed(idx, segment)
+        pooled = self.pool(h, x, mask)
+        return self.gain * self.score(self.drop(pooled)).float()[:, 0] + self.bias
+
+    @torch.no_grad()
+    def normalise(self, score: Tensor) -> None:
+        """Shifts and scales so that these samples would score mean 0, sd 1 (Ziegler et al.)."""
+        sd, mean = torch.std_mean(score.float())
+        if not sd > 0:
+            raise UserError("all samples of the reference policy score alike: the reward model "
+                            "cannot be normalised; train it longer")
+        self.gain /= sd
+        self.bias.copy_((self.bias - mean) / sd)
+
+    @torch.no_grad()
+    def score_texts(self, tokenizer: Tokenizer, texts: Sequence[str], domain=0,
+                    batch: int = 256) -> Tensor:
+        """Scores (N,) on the CPU, in eval mode, batched by length, long texts cut.
+
+        domain: of each text (N,), or of all; 0 is the first in judgements.jsonl.
+        """
+        training, device = self.training, self.gain.device
+        self.eval()
+        domain = torch.as_tensor(domain).expand(len(texts))
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        out = torch.empty(len(texts))
+        for i in range(0, len(texts), batch):
+            rows = order[i : i + batch]
+            idx, mask = text_batch(tokenizer, [texts[r] for r in rows],
+                                   block_size=self.trunk.config.block_size)
+            out[rows] = self(idx.to(device), mask.to(device), domain[rows].to(device)).cpu()
+        self.train(training)
+        return out
+
+
+# Bradley & Terry 1952: P(a beats b) = sigmoid(score_a - score_b);
+# loss = -mean over comparisons of log P(the human's answer).
+def bradley_terry(score: Tensor, wins: Tensor, valid: Tensor) -> tuple[Tensor, dict]:
+    """Mean negative log-likelihood, nats per comparison, of all comparisons inside groups.
+
+    score (G, K); wins (G, K, K) is 1 where row a was preferred to column b; valid (G, K, K) bool
+    counts the comparisons that were made. Returns (loss, info).
+    """
+    margin = score[:, :, None] - score[:, None, :]  # (G, K, K)
+    nll = F.binary_cross_entropy_with_logits(margin, wins, reduction="none")
+    n = valid.sum().clamp(min=1)
+    right = ((margin > 0) == (wins > 0.5)) & valid
+    return (nll * valid).sum() / n, {"pair_accuracy": right.sum() / n, "n_pairs": valid.sum()}
+
+
+def calibration(margin: np.ndarray, a_wins: np.ndarray, n_bins: int = 10) -> list[dict]:
+    """Predicted and observed frequency of the likelier answer, in bins of equal width."""
+    p = 1 / (1 + np.exp(-np.abs(margin)))  # of the answer that the model prefers, .5 to 1
+    right = (margin > 0) == a_wins
+    which = np.minimum(((p - 0.5) * 2 * n_bins).astype(int), n_bins - 1)
+    return [{"predicted": float(p[which == b].mean()), "observed": float(right[which == b].mean()),
+             "n": int((which == b).sum())} for b in range(n_bins) if (which == b).any()]
+
+
+def bootstrap_se(right: np.ndarray, a: np.ndarray, b: np.ndarray, *, snippets: np.ndarray,
+                 seed: int, repeats: int = 200) -> float:
+    """Standard error of a pair accuracy whose pairs share snippets: the snippets are resampled.
+
+    A pair weighs the product of its snippets' multiplicities (dyadic): if anything, too wide.
+    """
+    rng = np.random.default_rng(seed)
+    means = []
+    for _ in range(repeats):
+        times = np.bincount(rng.choice(snippets, len(snippets)), minlength=snippets.max() + 1)
+        weight = times[a] * times[b]
+        means.append((right * weight).sum() / max(weight.sum(), 1))
+    return float(np.std(means))
+
+
+def pair_report(score: np.ndarray, j: Judgements, *, n_pairs: int, seed: int) -> dict:
+    """How far scores (n,) of snippets agree with single raters, beside how far other raters do.
+
+    Pair accuracy with standard error and human ceiling, pooled (equal shares of the domains) and
+    by domain; Pearson r with the mean rating beside one rater's r with the others' mean;
+    calibration of sigmoid(score_a - score_b).
+    """
+    pairs = human_pairs(j, n_pairs=n_pairs, seed=seed)
+    margin = score[pairs["a"]] - score[pairs["b"]]
+    right = np.where(margin == 0, 0.5, (margin > 0) == pairs["a_wins"])
+    pick = np.random.default_rng(seed).integers(j.n_ratings)
+    one = j.ratings[np.arange(len(score)), pick]  # a random rater of each snippet
+    others = (j.ratings.sum(1) - one) / (j.n_ratings - 1)
+    domains = {}
+    for d in np.unique(j.domains):
+        rows, mine = pairs["domain"] == d, j.domains == d
+        domains[j.domain_names[d]] = {
+            "pair_accuracy": float(right[rows].mean()),
+            "pair_accuracy_se": bootstrap_se(right[rows], pairs["a"][rows], pairs["b"][rows],
+                                             snippets=np.flatnonzero(mine), seed=seed),
+            "human_ceiling": float(pairs["human"][rows].mean()),
+            "pearson_r": float(np.corrcoef(score[mine], j.mean()[mine])[0, 1]),
+            "human_r": float(np.corrcoef(one[mine], others[mine])[0, 1]),
+            "n_pairs": int(rows.sum()), "n_snippets": int(mine.sum()),
+        }
+    bins = calibration(margin, pairs["a_wins"])
+    miss = sum(b["n"] * abs(b["predicted"] - b["observed"]) for b in bins) / len(margin)
+    se = sum(d["pair_accuracy_se"] ** 2 for d in domains.values()) ** 0.5 / len(domains)
+    nats = np.logaddexp(0, np.where(pairs["a_wins"], -margin, margin))
+    return {
+        "pair_accuracy": float(right.mean()), "pair_accuracy_se": se,
+        "human_ceiling": float(pairs["human"].mean()), "nats_per_pair": float(nats.mean()),
+        "pearson_r": {name: d["pearson_r"] for name, d in domains.items()},
+        "human_r": {name: d["human_r"] for name, d in domains.items()},
+        "domains": domains, "calibration": bins, "calibration_error": miss,
+    }
+
+
+def check_scores(scores, n: int) -> Tensor:
+    """The (n,) float32 scores of a reward function; UserError where they are not that."""
+    try:
+        scores = torch.as_tensor(scores, dtype=torch.float32).detach().cpu()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as e:
+        raise UserError(f"the reward function returned {type(scores).__name__} ({e}): return one "
+                        "number per sample") from None
+    if scores.shape != (n,):
+        raise UserError(f"the reward function returned shape {tuple(scores.shape)} for {n} "
+                        "samples: return one number per sample")
+    if not scores.isfinite().all():
+        bad = int((~scores.isfinite()).sum())
+        raise UserError(f"the reward function returned {bad} NaN or infinite scores of {n}: "
+                        "return finite numbers")
+    return scores
+
+
+def load_function(spec: str) -> RewardFunction:
+    """The function of FILE.py:NAME; UserError where either is missing or the file fails."""
+    path, _, name = spec.rpartition(":")
+    if not Path(path).is_file():
+        raise UserError(f"no file {path!r} for the reward {spec!r}: give FILE.py:FUNCTION")
+    try:
+        function = runpy.run_path(path).get(name)
+    except Exception as e:  # whatever the user's own code raises
+        reason = " ".join(f"{type(e).__name__}: {e}".split())
+        raise UserError(f"{path} cannot be run ({reason}): mend it") from e
+    if not callable(function):
+        raise UserError(f"{path} has no function {name!r}: give FILE.py:FUNCTION")
+    return function
+
+
+def load_reward(spec: str, runtime) -> RewardFunction:
+    """A reward run's model as a function of texts, or the function of FILE.py:NAME."""
+    if ".py:" in spec:
+        return load_function(spec)
+    folder = checkpoint.resolve(spec)
+    model = checkpoint.load(folder, RewardModel).to(runtime.device).eval()
+    tokenizer = Tokenizer.load(folder)
+
+    def reward(ids: list[list[int]], texts: list[str]) -> Tensor:
+        with runtime.autocast():
+            return model.score_texts(tokenizer, texts)
+
+    return reward

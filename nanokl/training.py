@@ -1,0 +1,93 @@
+"""What the training loops share: one update, state on the disk, leaving on a signal.
+
+The loops themselves are written out in train_pretrain.py and train_rlhf.py. Nothing random
+carries over from step to step: `seed_step` makes even dropout a function of (seed, step, rank),
+so the state of a run is its weights, its optimisers and a few numbers.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nanokl import UserError, checkpoint
+from nanokl.metrics import Log
+from nanokl.runtime import Interrupt, NonFiniteLoss, Runtime, generator
+
+MAY_CHANGE = {"out", "resume", "device", "log_every", "save_every"}  # flags of a resumed run
+
+
+def seed_step(seed: int, step: int, runtime: Runtime) -> None:
+    """Dropout's randomness for one step, the same whether or not the run was interrupted."""
+    torch.manual_seed(generator(seed, "dropout", step, runtime.rank).initial_seed())
+
+
+def gradient_step(loss: Tensor, parameters, optimizers, *, max_grad_norm: float, step: int,
+                  out: Path) -> Tensor:
+    """One update down the gradient of loss; returns the gradient's norm before clipping.
+
+    A loss or gradient that is not finite raises NonFiniteLoss before any weight has moved, so
+    that nothing spoilt can be saved over the last good checkpoint, which it names.
+    """
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    check_finite(bool(loss.isfinite() & norm.isfinite()), step, out)
+    for optimizer in optimizers:
+        optimizer.step()
+    return norm
+
+
+def check_finite(finite: bool, step: int, out: Path) -> None:
+    """NonFiniteLoss, which names OUT/last where it exists, unless `finite`."""
+    if not finite:
+        last = Path(out) / "last"
+        raise NonFiniteLoss(step, last if last.exists() else None)
+
+
+def save_last(out: Path, model: nn.Module, optimizers, *, tokenizer, **state) -> None:
+    """OUT/last: everything that a resumed run needs; `state` is plain data."""
+    state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+    checkpoint.save(Path(out) / "last", model, tokenizer=tokenizer, state=state)
+
+
+def load_last(out: Path, model: nn.Module, optimizers) -> dict:
+    """Restores weights and optimisers from OUT/last; returns the rest of its state."""
+    checkpoint.load_weights(Path(out) / "last", model)
+    state = checkpoint.load_state(Path(out) / "last")
+    for optimizer, saved in zip(optimizers, state.pop("optimizers"), strict=True):
+        optimizer.load_state_dict(saved)
+    return state
+
+
+def open_run(flags, runtime: Runtime) -> bool:
+    """Claims flags.out; True when an old run goes on, whose flags must be the same."""
+    frozen = vars(flags).keys() - MAY_CHANGE
+    resuming = checkpoint.open_run(flags.out, vars(flags), resume=flags.resume, frozen=frozen,
+                                   is_main=runtime.is_main)
+    runtime.barrier()
+    return resuming
+
+
+@contextlib.contextmanager
+def nothing_half_written(out: Path, runtime: Runtime) -> Iterator[None]:
+    """A mistake that shows only in the loop takes OUT away again if no checkpoint is in it."""
+    try:
+        yield
+    except UserError:
+        if runtime.is_main and not any(Path(out).glob("*/config.json")):
+            for name in ("flags.json", "metrics.jsonl"):
+                (Path(out) / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # somebody's own files are in it
+                Path(out).rmdir()
+        raise
+
+
+def leave(interrupt: Interrupt, log: Log, step: int, out: Path) -> None:
+    """Ends the program after a signal; the caller has saved."""
+    log.line(f"stopped by {interrupt.signal.name} after step {step}, saved in {out}/last: "
+             "go on with the same command and --resume")
+    raise SystemExit(interrupt.status)

@@ -1,0 +1,262 @@
+"""One transformer for every model here: GPT-2, BERT and the modern default differ in switches.
+
+    switch       gpt2        bert       nano
+    causal       yes         no         yes (no in the encoder)
+    norm         LayerNorm   LayerNorm  LayerNorm without bias
+    norm_first   yes         no         yes
+    embed_norm   no          yes        yes
+    position     learned     learned    rotary
+    activation   gelu_tanh   gelu       relu2
+    bias         yes         yes        no
+    qk_norm      no          no         yes
+    zero_init    no          no         yes
+
+A trunk maps token ids (B, T) to hidden states (B, T, C), always the same shape; heads live in
+gpt.py and bert.py. Left out: padding on the left (generate.py never needs it), sliding windows.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanokl import UserError, require_positive
+
+
+@dataclass
+class TransformerConfig:
+    vocab_size: int = 4096  # tokens, specials counted
+    block_size: int = 64  # longest context, tokens
+    n_layer: int = 4  # blocks
+    n_head: int = 6  # attention heads; must divide n_embd
+    n_embd: int = 192  # channels C
+    causal: bool = True  # each position sees the past only
+    norm: Literal["rms", "layer"] = "layer"  # RMSNorm is three times as slow on a CPU
+    norm_first: bool = True  # normalise before each sublayer (GPT-2) or after it (BERT)
+    embed_norm: bool = True  # normalise the embeddings
+    position: Literal["rotary", "learned"] = "rotary"  # rotary (RoFormer) or a learnt table
+    activation: Literal["relu2", "gelu", "gelu_tanh"] = "relu2"  # of the MLP
+    bias: bool = False  # in linear maps and norms
+    qk_norm: bool = True  # queries and keys on the unit sphere (times sqrt(D))
+    zero_init: bool = True  # each sublayer starts as the identity
+    n_segment: int = 0  # segment embeddings (BERT has 2)
+    dropout: float = 0.0  # on embeddings and sublayer outputs, in train mode only
+    eps: float = 1e-6  # of the norms
+
+    def __post_init__(self):
+        require_positive(self, "vocab_size", "block_size", "n_layer", "n_head", "n_embd")
+        if self.n_embd % self.n_head:
+            raise UserError(f"{self.n_head} heads do not divide a width of {self.n_embd}: "
+                            "choose n_head so that n_embd / n_head is whole")
+        if self.position == "rotary" and self.n_embd // self.n_head % 2:
+            raise UserError(f"rotary positions need an even head width, n_embd / n_head is "
+                            f"{self.n_embd // self.n_head}: change n_head or n_embd")
+        if not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"dropout is {self.dropout}: give 0 <= dropout < 1")
+
+
+class KVCache:
+    """Keys and values of the positions seen so far: two (L, B, H, T, D) blocks, filled in place."""
+
+    def __init__(self, config: TransformerConfig, batch: int, length: int, *, device, dtype):
+        D = config.n_embd // config.n_head
+        shape = (config.n_layer, batch, config.n_head, length, D)
+        self.k = torch.empty(shape, device=device, dtype=dtype)
+        self.v = torch.empty(shape, device=device, dtype=dtype)
+        self.pos = 0  # positions filled
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores (B, H, T, D) at the write position; returns everything up to its end."""
+        end = self.pos + k.shape[2]
+        assert end <= self.k.shape[3], f"cache of {self.k.shape[3]} positions is full at {end}"
+        self.k[layer, :, :, self.pos : end] = k
+        self.v[layer, :, :, self.pos : end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+# Each pair (x_2i, x_2i+1) is a complex number, turned by its position: x e^{i t theta_i} with
+# theta_i = base^(-2i/D), so that q . k depends on the distance alone; arXiv:2104.09864.
+def rotary_table(length: int, D: int, base: float = 10_000.0) -> Tensor:
+    """e^{i t theta} as (T, D/2, 2): cos and sin of position t times frequency i."""
+    theta = base ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)  # (D/2,)
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * theta  # (T, D/2)
+    return torch.stack((angle.cos(), angle.sin()), dim=-1).float()
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turns (B, H, T, D) by its positions' rows (T, D/2, 2) of the table; float32 at least."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
+    x = torch.view_as_complex(x)  # (B, H, T, D/2)
+    return torch.view_as_real(x * torch.view_as_complex(table)).flatten(-2)
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(D) + mask) v, over H heads."""
+
+    def __init__(self, config: TransformerConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor, mask: Tensor | None, rotary, cache: KVCache | None) -> Tensor:
+        B, T, C = x.shape
+        H = self.config.n_head
+        qkv = self.qkv(x)
+        if qkv.dtype is torch.bfloat16 and x.device.type == "cpu":  # far slower kernels there
+            qkv = qkv.float()
+        q, k, v = qkv.view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        if self.config.qk_norm:
+            norm = F.rms_norm if self.config.norm == "rms" else F.layer_norm
+            q, k = norm(q, (C // H,)), norm(k, (C // H,))
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast norms and tables are float32
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        causal = self.config.causal and mask is None and T > 1
+        with torch.autocast(x.device.type, enabled=False):
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class SquaredReLU(torch.autograd.Function):
+    """relu(x)^2 (arXiv:2109.08668), two passes over memory fewer than autograd's own."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        r = F.relu(x)
+        ctx.save_for_backward(r)
+        return r * r
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (r,) = ctx.saved_tensors
+        return (grad * r).mul_(2)
+
+
+class MLP(nn.Module):
+    """down(act(up(x))), four times as wide inside."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.activation = config.activation
+        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        if self.activation == "relu2":
+            x = SquaredReLU.apply(x)
+        else:
+            x = F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+        return self.down(x)
+
+
+def make_norm(config: TransformerConfig) -> nn.Module:
+    if config.norm == "rms":
+        return nn.RMSNorm(config.n_embd, eps=config.eps)
+    return nn.LayerNorm(config.n_embd, eps=config.eps, bias=config.bias)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each with a residual path."""
+
+    def __init__(self, config: TransformerConfig, layer: int):
+        super().__init__()
+        self.norm_first = config.norm_first
+        self.norm1, self.attn = make_norm(config), Attention(config, layer)
+        self.norm2, self.mlp = make_norm(config), MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, mask, rotary, cache) -> Tensor:
+        if self.norm_first:
+            x = x + self.drop(self.attn(self.norm1(x), mask, rotary, cache))
+            return x + self.drop(self.mlp(self.norm2(x)))
+        x = self.norm1(x + self.drop(self.attn(x, mask, rotary, cache)))
+        return self.norm2(x + self.drop(self.mlp(x)))
+
+
+class Transformer(nn.Module):
+    """The trunk: ids (B, T) -> hidden states (B, T, C)."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.position == "learned":
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        else:
+            table = rotary_table(config.block_size, config.n_embd // config.n_head)
+            self.register_buffer("rotary", table, persistent=False)
+        if config.n_segment:
+            self.wse = nn.Embedding(config.n_segment, config.n_embd)
+        if config.embed_norm:
+            self.norm_embed = make_norm(config)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        if config.norm_first:  # else the last block ends in a norm
+            self.norm_final = make_norm(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def init_weights(self, rng: torch.Generator) -> None:
+        """N(0, .02) for matrices (GPT-2), 0 for biases and, under zero_init, for projections."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:
+                closing = name.endswith(("attn.proj.weight", "mlp.down.weight"))
+                if closing and self.config.zero_init:
+                    nn.init.zeros_(parameter)
+                else:
+                    depth = (2 * self.config.n_layer) ** 0.5 if closing else 1.0
+                    nn.init.normal_(parameter, std=0.02 / depth, generator=rng)
+
+    def new_cache(self, batch: int, length: int) -> KVCache:
+        """An empty cache for `batch` rows of up to `length` tokens."""
+        dtype, device = self.wte.weight.dtype, self.wte.weight.device
+        if torch.is_autocast_enabled(device.type) and device.type != "cpu":
+            dtype = torch.get_autocast_dtype(device.type)
+        return KVCache(self.config, batch, length, device=device, dtype=dtype)
+
+    def _attention_mask(self, mask: Tensor | None, T: int, pos: int) -> Tensor | None:
+        """True where a query may look: (B or 1, 1, T, pos + T); None where is_causal says it."""
+        if mask is not None:
+            mask = mask[:, None, None, :]  # padded keys are invisible
+            if self.config.causal:
+                mask = mask & torch.ones(T, T, dtype=torch.bool, device=mask.device).tril()
+        elif self.config.causal and pos and T > 1:  # later tokens in one go: offset diagonal
+            mask = torch.ones(T, pos + T, dtype=torch.bool, device=self.wte.weight.device)
+            mask = mask.tril(pos)[None, None]
+        return mask
+
+    def embed(self, idx: Tensor, segment: Tensor | None = None, pos: int = 0) -> Tensor:
+        """The blocks' input (B, T, C): what each token is, before it has seen any other."""
+        x = self.wte(idx)
+        if self.config.position == "learned":
+            x = x + self.wpe.weight[pos : pos + idx.shape[1]]
+        if self.config.n_segment:
+            x = x + (self.wse.weight[0] if segment is None else self.wse(segment))
+        return self.drop(self.norm_embed(x) if self.config.embed_norm else x)
+
+    def forward(self, idx: Tensor, mask: Tensor | None = None, segment: Tensor | None = None,
+                cache: KVCache | None = None) -> Tensor:
+        """Hidden states (B, T, C) of idx (B, T); mask (B, T) is False at padding.
+
+        With a cache, idx holds the tokens that follow those already in it. Padding on the right
+        of a causal model needs no mask: nothing looks at it.
+        """
+        B, T = idx.shape
+        pos = cache.pos if cache is not None else 0
+        assert pos + T <= self.config.block_size, f"{pos + T} tokens > {self.config.block_size}"
+        assert mask is None or cache is None, "a cache takes no padding mask"
+        x = self.embed(idx, segment, pos)
+        rotary = self.rotary[pos : pos + T] if self.config.position == "rotary" else None
+        attention_mask = self._attention_mask(mask, T, pos)
+        for block in self.blocks:
+            x = block(x, attention_mask, rotary, cache)
+        if cache is not None:
+            cache.pos += T
+        return self.norm_final(x) if self.config.norm_first else x

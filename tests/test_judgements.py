@@ -1,0 +1,164 @@
+"""Comparisons and the human ceiling against enumeration of all pairs of raters."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from nanokl import UserError
+from nanokl.judgements import Judgements, comparison_groups, human_pairs
+
+RATINGS = {  # of different lengths, with many ties
+    "film": [[3, 2, -1], [0, 1, 0, 2, -4], [-2, -2, 4], [1, 1, 1, 2]],
+    "news": [[0, 0, 1], [0, -1], [0, 0, -3, 2, 0, 1]],
+}
+
+
+def judgements(folder, by_domain, split="train"):
+    rows = [
+        {"id": str(i), "domain": domain, "split": split, "text": f"text {i}", "ratings": ratings}
+        for domain, lists in by_domain.items()
+        for i, ratings in enumerate(lists)
+    ]
+    rows.append({"id": "0", "domain": "words", "split": "other", "text": "w", "ratings": [1, 2]})
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "judgements.jsonl").write_text(lines, encoding="utf-8")
+    return Judgements.load(folder, split)
+
+
+def test_load(tmp_path):
+    j = judgements(tmp_path, RATINGS)
+    flat = [ratings for lists in RATINGS.values() for ratings in lists]
+    assert j.domain_names == ["film", "news", "words"] and j.domains.tolist() == [0] * 4 + [1] * 3
+    assert j.ids == ["0", "1", "2", "3", "0", "1", "2"] and j.texts[4] == "text 0"
+    for ratings, row, n in zip(flat, j.ratings, j.n_ratings, strict=True):
+        assert row[:n].tolist() == ratings and n == len(ratings) and not row[n:].any()
+    np.testing.assert_allclose(j.mean(), [np.mean(ratings) for ratings in flat], rtol=1e-6)
+
+
+def test_load_complains(tmp_path):
+    with pytest.raises(UserError, match="no human ratings"):
+        Judgements.load(tmp_path, "train")
+    judgements(tmp_path, RATINGS)
+    with pytest.raises(UserError, match="split dev"):
+        Judgements.load(tmp_path, "dev")
+    content = (tmp_path / "judgements.jsonl").read_bytes()
+    (tmp_path / "judgements.jsonl").write_bytes(content[:-20])
+    with pytest.raises(UserError, match="broken in line 8"):
+        Judgements.load(tmp_path, "train")
+
+
+def test_groups_are_of_one_domain_and_of_different_snippets(tmp_path):
+    """Domains of 12 and 3 snippets are drawn 2 to 1, the square root of 4 to 1.
+
+    Of 6,000 groups the first has 4,000 +- 36.5; beyond 5.5 sd once in 26 million runs.
+    """
+    rng = np.random.default_rng(0)
+    by_domain = {d: rng.integers(-4, 5, (n, 3)).tolist() for d, n in [("a", 12), ("b", 3)]}
+    j = judgements(tmp_path, by_domain)
+    rows = comparison_groups(j, 0, n_groups=6000, group_size=3, seed=7)[0].numpy()
+    assert (j.domains[rows] == j.domains[rows[:, :1]]).all()
+    assert all(len(set(row)) == 3 for row in rows.tolist())
+    assert abs((j.domains[rows[:, 0]] == 0).sum() - 4000) < 5.5 * 36.5
+    drawn = np.bincount(rows[j.domains[rows[:, 0]] == 0].ravel(), minlength=12)
+    assert drawn.min() > 0.8 * drawn.mean()  # every snippet has its turn: 1,000 +- 28 each
+
+
+def test_groups_are_functions_of_seed_and_step(tmp_path):
+    j = judgements(tmp_path, RATINGS)
+
+    def draw(step, seed=0):
+        drawn = comparison_groups(j, step, n_groups=6, group_size=2, seed=seed)
+        return [tensor.tolist() for tensor in drawn]
+
+    first = [draw(step) for step in range(5)]
+    assert [draw(step) for step in reversed(range(5))] == first[::-1]
+    assert first[0] != first[1] and first[0] != draw(0, seed=1)
+
+
+def test_comparisons_have_the_frequencies_of_rater_pairs(tmp_path):
+    """6,000 judgements of one pair; each of 2 checks is off by 4.5 sd with odds of 7e-6."""
+    one, two = [3, 0, 0, -1, 2], [0, 1, -1]
+    j = judgements(tmp_path, {"film": [one, two]})
+    rows, wins, valid = comparison_groups(j, 0, n_groups=6000, group_size=2, seed=0)
+    swapped = rows[:, 0].numpy() == 1
+    assert 0 < swapped.sum() < 6000
+    valid, wins = valid[:, 0, 1].numpy(), wins[:, 0, 1].numpy()
+    won = (np.where(swapped, 1 - wins, wins) * valid).sum()
+    pairs = list(itertools.product(one, two))
+    for count, p in [
+        (valid.sum(), np.mean([x != y for x, y in pairs])),
+        (won, np.mean([x > y for x, y in pairs])),
+    ]:
+        assert abs(count - 6000 * p) < 4.5 * (6000 * p * (1 - p)) ** 0.5
+
+
+def test_each_pair_has_fresh_ratings(tmp_path):
+    """The fickle snippet's two answers in a group agree half the time; 4.5 sd: odds of 7e-6."""
+    j = judgements(tmp_path, {"film": [[4, -4], [0, 0], [0, 0]]})
+    rows, wins, _ = comparison_groups(j, 0, n_groups=3000, group_size=3, seed=0)
+    for place, one, other in [(0, (0, 1), (0, 2)), (2, (0, 2), (1, 2))]:
+        drawn = wins[rows[:, place] == 0]
+        same = (drawn[:, one[0], one[1]] == drawn[:, other[0], other[1]]).numpy()
+        assert len(same) > 900 and abs(same.sum() - len(same) / 2) < 4.5 * len(same) ** 0.5 / 2
+
+
+def test_ties_and_lower_triangle_are_dropped(tmp_path):
+    j = judgements(tmp_path, {"film": [[1, 1]] * 4 + [[2, 2]] * 4})
+    rows, wins, valid = comparison_groups(j, 0, n_groups=3, group_size=8, seed=0)
+    ratings = j.ratings[rows.numpy(), 0]
+    for g, a, b in itertools.product(range(3), range(8), range(8)):
+        compared = a < b and ratings[g, a] != ratings[g, b]
+        assert valid[g, a, b].item() == compared
+        assert wins[g, a, b].item() == (compared and ratings[g, a] > ratings[g, b])
+
+
+@pytest.mark.parametrize(("n_groups", "group_size"), [(0, 2), (1, 1), (1, 4)])
+def test_groups_complain(tmp_path, n_groups, group_size):
+    with pytest.raises(UserError, match="2 to 3"):
+        comparison_groups(
+            judgements(tmp_path, RATINGS), 0, n_groups=n_groups, group_size=group_size, seed=0
+        )
+
+
+def enumerated(lists):
+    """Of all untied pairs of single ratings in a domain: (agreement of the others, weight)."""
+    for a, b in itertools.permutations(lists, 2):
+        for x, y in itertools.product(range(len(a)), range(len(b))):
+            if a[x] != b[y]:
+                others = np.mean(a[:x] + a[x + 1 :]) - np.mean(b[:y] + b[y + 1 :])
+                sign = 0 if abs(others) < 1e-9 else np.sign(others)
+                yield 0.5 + 0.5 * sign * np.sign(a[x] - b[y]), 1 / len(a) / len(b)
+
+
+def test_human_ceiling_equals_enumeration(tmp_path):
+    """20,000 pairs a domain; each of 2 checks is off by 4.5 standard errors with odds of 7e-6."""
+    j = judgements(tmp_path, RATINGS)
+    pairs = human_pairs(j, n_pairs=40_000, seed=0)
+    assert all(len(column) == 40_000 for column in pairs.values())
+    assert (pairs["a"] != pairs["b"]).all()
+    assert (j.domains[pairs["a"]] == pairs["domain"]).all()
+    assert (j.domains[pairs["b"]] == pairs["domain"]).all()
+    for domain, lists in enumerate(RATINGS.values()):
+        human = pairs["human"][pairs["domain"] == domain]
+        agreement, weight = np.array(list(enumerated(lists))).T
+        assert len(human) == 20_000 and set(human) <= {0, 0.5, 1}
+        exact = np.average(agreement, weights=weight)
+        assert abs(human.mean() - exact) < 4.5 * human.std() / 20_000**0.5
+
+
+def test_human_pairs_in_clear_cases(tmp_path):
+    j = judgements(tmp_path, {"film": [[4, 4], [-4, -4]], "news": [[3, -3], [0, 0]]})
+    pairs = human_pairs(j, n_pairs=101, seed=0)
+    film = pairs["domain"] == 0
+    assert (pairs["human"][film] == 1).all() and (pairs["human"][~film] == 0).all()
+    assert (pairs["a_wins"][film] == (pairs["a"][film] == 0)).all()
+    again = human_pairs(j, n_pairs=101, seed=0)
+    assert all((pairs[name] == again[name]).all() for name in pairs)
+
+
+@pytest.mark.parametrize("lists", [[[1, 2, 3]], [[1, 1], [1, 1]], [[1], [2]]])
+def test_human_pairs_complain_when_nothing_compares(tmp_path, lists):
+    with pytest.raises(UserError, match="too few different judgements"):
+        human_pairs(judgements(tmp_path, {"film": lists}), n_pairs=10, seed=0)

@@ -1,0 +1,652 @@
+"""Every program as its users run it: the chain, README and Makefile, resuming, bad input.
+
+The models are tiny, the ratings are made up (their layout is real), nothing comes from a network.
+"""
+
+import html
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import ROOT, Python, wait_for_rows
+from test_corpus import fake_files, fake_sdist
+
+from nanokl import checkpoint
+from nanokl.gpt import GPT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+WIDTH = "--n_layer 1 --n_embd 32 --n_head 2"
+PRETRAIN = f"{WIDTH} --block_size 48 --steps 6 --batch_size 16 --eval_every 3 --log_every 1"
+REWARD = "--steps 4 --eval_every 2 --n_groups 2 --group_size 8 --n_samples 64"
+PPO = "--steps 2 --batch 16 --minibatch 8 --n_eval 32"
+# how a command of the README is made small; {sdist} is the made-up archive
+SMALL = {
+    "data/hutto/prepare.py": "{sdist}",
+    "data/text/prepare.py": "--vocab_size 300",
+    "train_pretrain.py gpt": PRETRAIN,
+    "train_pretrain.py bert": PRETRAIN,
+    "train_rlhf.py reward": REWARD,
+    "train_rlhf.py ppo": PPO,
+    "-m nanokl sample": "--n 2",
+    "-m nanokl fill-mask": "",
+    "-m nanokl score": "",
+    "-m nanokl report": "",
+}
+ON_CPU = ["--device", "cpu", "--dtype", "float32"]
+
+
+def fenced(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.M | re.S)
+
+
+BLOCKS = fenced("sh")
+# the table of stages: | stage | `command` | ...
+TABLE = re.findall(r"^\| [\w ]+ \| `(python [^`]+)` \|", README, flags=re.M)
+
+
+def shrunk(line: str, sdist: list) -> list[str]:
+    """The words after `python` of a README command, with small flags; its own win."""
+    words = shlex.split(line, comments=True)
+    assert words[0] == "python", f"this test does not know how to run {line!r}: teach it"
+    for program, flags in SMALL.items():
+        if words[1:][: len(program.split())] == program.split():
+            return words[1:] + (sdist if "sdist" in flags else flags.split())
+    pytest.fail(f"this test does not know how to shrink {line!r}: give it a row in SMALL")
+
+
+@pytest.fixture(scope="session")
+def sdist(tmp_path_factory) -> list[str]:
+    """Flags that have data/hutto/prepare.py use a small made-up archive."""
+    files = fake_files(160)
+    words = (f"word{i}\t1\t1\t[{i % 4}, {-i % 3}]\n" for i in range(40))
+    files["vader_sentiment_lexicon.txt"] += "".join(words).encode()
+    return [str(x) for x in fake_sdist(tmp_path_factory.mktemp("sdist") / "x.tar.gz", files)]
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory, sdist) -> Python:
+    """A fresh clone with the data prepared; programs run in it."""
+    clone = tmp_path_factory.mktemp("clone")
+    shutil.copytree(ROOT / "nanokl", clone / "nanokl",
+                    ignore=shutil.ignore_patterns("__pycache__"))  # fmt: skip
+    for path in ROOT.glob("data/*/prepare.py"):
+        (clone / path.relative_to(ROOT)).parent.mkdir(parents=True)
+        shutil.copy(path, clone / path.relative_to(ROOT))
+    for name in ("train_pretrain.py", "train_rlhf.py", "Makefile", "pyproject.toml",
+                 "constraints.txt"):  # fmt: skip
+        shutil.copy(ROOT / name, clone)
+    python = Python(clone, tmp_path_factory.mktemp("logs"))
+    python.ok("data/hutto/prepare.py", *sdist)
+    return python
+
+
+@pytest.fixture(scope="session")
+def demo(python) -> Path:
+    """runs/demo as `make demo` leaves it, in a real shell, with small flags."""
+    flags = {"GPT": PRETRAIN, "BERT": PRETRAIN, "REWARD": REWARD, "PPO": PPO}
+    given = " ".join(f"{key}='{value}'" for key, value in flags.items())
+    done = python.shell(f"make demo PY={shlex.quote(sys.executable)} {given}")
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr
+    assert f"report: {Path('runs/demo/report.html')}" in done.stdout
+    return python.cwd / "runs" / "demo"
+
+
+def stage(name: str, out, *more) -> list[str]:
+    """The words of one stage on the demo's models, tiny, on the CPU."""
+    program, inputs = {
+        "gpt": ("train_pretrain.py gpt", ""),
+        "bert": ("train_pretrain.py bert", ""),
+        "reward": ("train_rlhf.py reward", "--init runs/demo/bert --policy runs/demo/gpt"),
+        "ppo": ("train_rlhf.py ppo", "--policy runs/demo/gpt --reward runs/demo/reward"),
+    }[name]
+    words = [*program.split(), "--data", "data/hutto", "--out", str(out), *inputs.split(),
+             *SMALL[program].split(), *ON_CPU]  # fmt: skip
+    for flag, value in zip(more[::2], more[1::2], strict=True):
+        words += [flag, str(value)]
+    return words
+
+
+def read(path: Path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def rows(out: Path) -> list[dict]:
+    """metrics.jsonl less the seconds."""
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(out / "model.safetensors")
+
+
+# ------------------------------------------------------------------------------------ the chain
+def test_summary_has_every_number(demo):
+    summary = read(demo / "summary.json")
+    wanted = {
+        "gpt": "bits_per_byte nats_per_token",
+        "bert": "mlm_nats_per_token mlm_accuracy",
+        "reward": "pair_accuracy pair_accuracy_se human_ceiling calibration_error",
+        "ppo": "beta reward_ref_mean reward_ref_mean_se reward_ref_sd reward_mean reward_mean_se "
+        "kl_nats_per_sequence kl_nats_per_sequence_se objective objective_se objective_ref "
+        "objective_ref_se first_ratio_max_deviation kl_at_step_0 distinct_2 distinct_2_ref "
+        "episodes",
+    }
+    assert 0 < summary["wall_seconds"] < 600 and 0 < summary["peak_memory_gib"] < 4
+    for name, keys in wanted.items():
+        for key in keys.split():
+            value = summary[name][key]
+            assert isinstance(value, (int, float)) and math.isfinite(value), (name, key, value)
+    assert summary["reward"]["pearson_r"].keys() == {"movie", "product", "news", "tweets"}
+    assert all(-1 <= r <= 1 for r in summary["reward"]["pearson_r"].values())
+    ppo = summary["ppo"]
+    assert 0 <= ppo["first_ratio_max_deviation"] <= 1e-5 and abs(ppo["kl_at_step_0"]) <= 1e-6
+    cost = ppo["beta"] * ppo["kl_nats_per_sequence"]
+    assert ppo["objective"] == pytest.approx(ppo["reward_mean"] - cost, abs=1e-5)
+    assert ppo["objective_ref"] == ppo["reward_ref_mean"]
+    assert (ppo["episodes"], ppo["samples"]) == (32, 32)
+    for name in wanted:  # the whole is made of the parts
+        assert summary[name] == read(demo / name / "summary.json")
+
+
+def test_the_gpt_of_the_demo_learns(demo):
+    """A vocabulary of about 300 costs log 300 = 5.7 nats before the first step."""
+    log = rows(demo / "gpt")
+    first = next(row["loss_nats_per_token"] for row in log if row["step"] == 1)
+    size = checkpoint.read_config(demo / "gpt" / "best")["config"]["vocab_size"]
+    assert abs(first - math.log(size)) < 0.3
+    losses = [row["val_nats_per_token"] for row in log if "val_nats_per_token" in row]
+    assert losses[-1] < losses[0] < first
+    assert read(demo / "gpt" / "summary.json")["nats_per_token"] == min(losses)
+
+
+def test_metrics_rows(demo):
+    for name, steps, keys in (
+        ("gpt", range(1, 7), {"loss_nats_per_token"}),
+        ("bert", range(1, 7), {"loss_nats_per_token"}),
+        ("reward", range(1, 5), {"loss_nats_per_pair"}),
+        ("ppo", range(1, 3), {"reward_mean", "kl_nats_per_sequence", "kl_k1_nats_per_sequence",
+                              "beta", "entropy_nats_per_token", "episodes", "distinct_2"}),
+    ):  # fmt: skip
+        log = [row for row in rows(demo / name) if keys <= row.keys()]
+        assert [row["step"] for row in log] == list(steps), name
+    for name, key, steps in (("gpt", "val_bits_per_byte", [3, 6]), ("bert", "mlm_accuracy", [3, 6]),
+                             ("reward", "val_pair_accuracy", [2, 4])):  # fmt: skip
+        assert [row["step"] for row in rows(demo / name) if key in row] == steps, name
+
+
+def test_report_and_samples(demo):
+    page = (demo / "report.html").read_text(encoding="utf-8")
+    assert "KL-penalised" in page and "Left out, no files yet" not in page
+    assert len(list((demo / "figures").glob("*.png"))) >= 5
+    samples = [json.loads(line) for line in (demo / "ppo" / "samples.jsonl").open("rb")]
+    assert len(samples) == 16 and all(html.escape(row["prompt"]) in page for row in samples)
+    for row in samples:
+        assert row.keys() == {"prompt", "before", "after", "score_before", "score_after", "kl_nats"}
+        assert math.isfinite(row["score_after"]) and row["kl_nats"] > -1e-4
+
+
+def test_reward_scores_in_units_of_the_reference(demo):
+    """On fresh samples of the policy that it was normalised on: mean 0, sd 1, give or take 5 se."""
+    ppo = read(demo / "ppo" / "summary.json")
+    assert abs(ppo["reward_ref_mean"]) < 5 * (1 / 32 + 1 / 64) ** 0.5
+    assert 0.4 < ppo["reward_ref_sd"] < 1.8
+
+
+def test_sample_fill_mask_score(python, demo):
+    words = ["-m", "nanokl", "sample", "runs/demo/ppo", "--prompt", "good film", "--n", "3"]
+    first = python.ok(*words)
+    assert first.out.count("good film") == 3 and python.ok(*words).out == first.out
+    assert python.ok(*words, "--seed", "1").out != first.out
+    greedy = python.ok(*words, "--temperature", "0").out
+    assert greedy == python.ok(*words, "--top_k", "1", "--seed", "5").out
+    assert python.ok("-m", "nanokl", "sample", "runs/demo/gpt/last", "--n", "1").out.strip()
+    mask = ("-m", "nanokl", "fill-mask", "runs/demo/bert", "a [MASK] film")
+    filled = python.ok(*mask, "--top_k", "3")
+    lines = [line.split(maxsplit=1) for line in filled.out.splitlines()]
+    assert len(lines) == 3 and all(text.startswith("a") for _, text in lines)
+    p = [float(x) for x, _ in lines]
+    assert 0 < p[2] <= p[1] <= p[0] < 1
+    texts = ["good good film", "bad bad plot"]
+    scores = python.ok("-m", "nanokl", "score", "runs/demo/reward", *texts).out.splitlines()
+    assert [line.split(maxsplit=1)[1] for line in scores] == texts
+    alone = python.ok("-m", "nanokl", "score", "runs/demo/reward", texts[1]).out.splitlines()
+    assert alone == scores[1:]
+
+
+@pytest.mark.parametrize("command", [
+    "data/hutto/prepare.py", "data/text/prepare.py", "data/shakespeare/prepare.py",
+    "train_pretrain.py", "train_pretrain.py gpt", "train_pretrain.py bert", "train_rlhf.py",
+    "train_rlhf.py reward", "train_rlhf.py ppo", "-m nanokl", "-m nanokl sample",
+    "-m nanokl fill-mask", "-m nanokl score", "-m nanokl report",
+])  # fmt: skip
+def test_help(python, command):
+    done = python.ok(*command.split(), "--help")
+    program = command.replace("-m nanokl", "python -m nanokl")
+    assert done.out.startswith(f"usage: {program}") and done.err == ""
+    if program.count(" ") == ("-m" in command) * 2 and "data/" not in program:
+        return  # the subcommands are listed, with their one line each
+    flags = set(re.findall(r"--[a-z][\w-]+", done.out)) - {"--help", "--no-resume"}
+    assert flags or "report" in command or "score" in command
+    assert "(required)" in done.out or "default" in done.out
+
+
+# ---------------------------------------------------------------------------- README and Makefile
+@pytest.fixture(scope="session")
+def table_runs(python, demo, sdist) -> None:
+    """The commands of the README's table of stages, in order."""
+    assert len(TABLE) == 6, TABLE
+    for line in TABLE:
+        python.ok(*shrunk(line, sdist))
+
+
+def test_readme_table(python, table_runs):
+    for name in ("gpt", "bert", "reward", "ppo"):
+        assert read(python.cwd / "runs" / name / "summary.json")["version"]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0][:40].strip())
+def test_readme_block(python, table_runs, sdist, block):
+    for name, code in zip(re.findall(r"say `(\w+\.py)`", README), fenced("python"), strict=True):
+        (python.cwd / name).write_text(code, encoding="utf-8")
+    book = "\n".join(f"Chapter {i} tells of a cat and {i * i} dogs." for i in range(300))
+    (python.cwd / "my_book.txt").write_text(book, encoding="utf-8")
+    for line in filter(None, block.splitlines()):
+        if line.startswith("make "):
+            target = shlex.split(line, comments=True)
+            done = python.shell(" ".join([*target, "-n", "PY=python"]))
+            assert done.returncode == 0 and done.stdout.strip(), done.stderr
+        else:
+            python.ok(*shrunk(line, sdist))
+
+
+def test_readme_reward_of_five_lines(python, table_runs):
+    """shorter.py asks for fewer words: its score is minus a fifth of them."""
+    test_readme_block(python, table_runs, [], BLOCKS[-1].replace("runs/shorter", "runs/shorter2"))
+    for line in (python.cwd / "runs" / "shorter2" / "samples.jsonl").open("rb"):
+        row = json.loads(line)
+        assert row["score_after"] == pytest.approx(-len((row["prompt"] + row["after"]).split()) / 5)
+
+
+def test_make_prints_programs_that_exist(python):
+    """Without an interpreter given, every recipe is python of .venv, make or a plain tool."""
+    listed = python.shell("make").stdout
+    targets = re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(), flags=re.M)
+    assert {"setup", "test", "check", "demo", "data", "reward", "rlhf", "report"} <= set(targets)
+    assert all(re.search(rf"^  {target}\s+\S", listed, flags=re.M) for target in targets)
+    done = python.shell("make -n -B RUN=runs/new " + " ".join(targets))
+    assert done.returncode == 0, done.stderr
+    programs = re.findall(r"\.venv/bin/python (-m \S+|\S+)", done.stdout)
+    assert {"-m pytest", "-m ruff", "-m nanokl", "train_rlhf.py"} <= set(programs)
+    for program in programs:
+        known = program in ("-m pytest", "-m ruff", "-m nanokl", "-m pip")
+        assert known or (ROOT / program).is_file(), program
+
+
+def test_make_goes_on_with_an_interrupted_stage(python, tmp_path):
+    (tmp_path / "gpt" / "last").mkdir(parents=True)
+    (tmp_path / "gpt" / "last" / "state.pt").touch()
+    for target, resumes in (("pretrain", True), ("bert", False)):
+        line = python.shell(f"make -n {target} PY=python RUN={tmp_path}").stdout
+        assert ("--resume" in line) == resumes and "train_pretrain.py" in line
+
+
+def test_make_tells_a_stage_that_is_done(python, demo):
+    done = python.shell("make -n rlhf PY=python RUN=runs/demo")
+    assert done.returncode == 0 and "train" not in done.stdout
+
+
+# --------------------------------------------------------------------------------------- resuming
+def equal(a, b) -> bool:
+    """Bit for bit, through dicts and lists."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def same_run(a: Path, b: Path) -> None:
+    """Weights, optimisers, curves and numbers are equal, the time that it took apart."""
+    assert rows(a) == rows(b)
+    for name in ("last", "best"):
+        assert (a / name).is_dir() == (b / name).is_dir()
+        if (a / name).is_dir():
+            assert (a / name / "model.safetensors").read_bytes() == (
+                b / name / "model.safetensors").read_bytes()  # fmt: skip
+    states = [torch.load(x / "last" / "state.pt", weights_only=True) for x in (a, b)]
+    assert states[0]["optimizers"] and equal(*states)
+    summaries = [read(x / "summary.json") for x in (a, b)]
+    for summary in summaries:
+        del summary["wall_seconds"], summary["date"], summary["peak_memory_gib"]
+    assert summaries[0] == summaries[1]
+
+
+RESUMED = {
+    "gpt": (signal.SIGTERM, 143, 12, ["--steps", 60, "--eval_every", 25, "--dropout", 0.1]),
+    "reward": (signal.SIGINT, 130, 7, ["--steps", 40, "--eval_every", 10, "--patience", 1]),
+    "ppo": (signal.SIGTERM, 143, 3, ["--steps", 10, "--kl_target", 0.01, "--save_every", 4,
+                                     "--lr", 1e-2]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resume_bit_for_bit(python, demo, tmp_path, name):
+    number, status, after, flags = RESUMED[name]
+    python.ok(*stage(name, tmp_path / "whole", *flags))
+    words = stage(name, tmp_path / "cut", *flags)
+    done = python.signalled(number, *words, rows=after)
+    assert done.status == status and done.err == "", done
+    last = done.out.splitlines()[-1]
+    assert "go on with the same command and --resume" in last, done.out
+    step = int(re.search(rf"stopped by {number.name} after step (\d+), saved in", last)[1])
+    steps = rows(tmp_path / "whole")[-1]["step"]
+    assert after - 2 <= step < steps and not (tmp_path / "cut" / "summary.json").exists()
+    assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("*.old"))
+    python.fails(*words, says=["holds another run", "--resume"])
+    python.ok(*words, "--resume")
+    same_run(tmp_path / "whole", tmp_path / "cut")
+    if name == "ppo":
+        assert len({row["beta"] for row in rows(tmp_path / "cut")}) > 5
+        samples = [(tmp_path / x / "samples.jsonl").read_bytes() for x in ("whole", "cut")]
+        assert samples[0] == samples[1]
+    # a run that is done stays what it is
+    python.ok(*words, "--resume")
+    same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_resume_refuses(python, demo, tmp_path):
+    for name in ("gpt", "ppo"):
+        words = [*stage(name, tmp_path / name), "--resume"]
+        python.fails(*words, says="nothing to resume")
+        assert not (tmp_path / name).exists()
+    words = stage("gpt", tmp_path / "run")
+    python.ok(*words)
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    for flag, new in (("--n_layer", 2), ("--n_embd", 64), ("--block_size", 32), ("--seed", 1),
+                      ("--lr", 0.1), ("--batch_size", 8), ("--preset", "gpt2")):  # fmt: skip
+        done = python.fails(*words, flag, new, "--resume", says=[f"--{flag[2:]} ", str(new)])
+        assert "give the old value or a new --out" in done.err
+    (tmp_path / "run" / "last" / "state.pt").write_bytes(b"PK\x03\x04 torn")
+    python.fails(*words, "--resume", says=["state.pt", "truncated"])
+    changed = [p.name for p in before if before[p] != p.read_bytes()]
+    assert set(changed) <= {"state.pt", "flags.json"}
+
+
+# ------------------------------------------------------------------------------- loss not finite
+def test_exploding_loss_leaves_no_bad_checkpoint(python, tmp_path):
+    words = stage("gpt", tmp_path / "out", "--lr", 1e30, "--eval_every", 1)
+    done = python(*words)
+    assert done.status == 3 and done.err.count("\n") == 1, done
+    assert re.search(r"not finite at step \d+; no checkpoint before it", done.err), done.err
+    assert not (tmp_path / "out" / "last").exists() and not (tmp_path / "out" / "best").exists()
+
+
+def test_last_good_checkpoint_survives(python, demo, tmp_path):
+    """A reward that gets out of hand in the third batch, after two saved ones."""
+    (tmp_path / "wild.py").write_text(
+        "calls = []\ndef reward(ids, texts):\n    calls.append(1)\n"
+        "    return [float(len(t)) * (1e36 if len(calls) > 2 else .1) for t in texts]\n"
+    )
+    words = stage("ppo", tmp_path / "out", "--steps", 5, "--save_every", 1,
+                  "--reward", f"{tmp_path}/wild.py:reward")  # fmt: skip
+    done = python.fails(*words, status=3, says=["step 3", "last good checkpoint", "out/last"])
+    assert done.err.count("step") == 1
+    assert checkpoint.load_state(tmp_path / "out" / "last")["step"] == 2
+    model = checkpoint.load(tmp_path / "out" / "last", GPT)
+    assert all(p.isfinite().all() for p in model.parameters())
+    python.ok("-m", "nanokl", "sample", tmp_path / "out", "--n", "1")
+
+
+# ---------------------------------------------------------------------------------- two processes
+def both(python: Python, *words) -> list:
+    """The words in two processes that find each other as torchrun's do; not yet ended."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+    return [python.start(*words, RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE="2", **place)
+            for r in range(2)]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["gpt", "bert", "reward", "ppo"])
+def test_two_processes_equal_one(python, demo, tmp_path, name):
+    flags = ["--dropout", 0] if name == "reward" else []
+    python.ok(*stage(name, tmp_path / "one", *flags))
+    words = stage(name, tmp_path / "two", *flags)
+    if name == "gpt":  # once by the real launcher
+        done = python.shell(f"{sys.executable} -m torch.distributed.run --standalone "
+                            f"--nproc_per_node 2 {shlex.join(words)}")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    else:
+        done = [python.end(process) for process in both(python, *words)]
+        assert [d.status for d in done] == [0, 0], done
+        assert done[1].out == "", "only the main process prints"
+    one, two = (weights(tmp_path / x / "last") for x in ("one", "two"))
+    start = weights(demo / {"gpt": "gpt", "bert": "bert", "reward": "bert", "ppo": "gpt"}[name]
+                    / "best")  # fmt: skip
+    assert one.keys() == two.keys()
+    for key, x in one.items():
+        # Bradley-Terry cannot see a constant: the gradient of that bias is rounding, which Adam
+        # makes as large as any other
+        assert (x - two[key]).abs().max() <= 1e-5, key
+    if name == "ppo":
+        assert any((one[k] - start[k]).abs().max() > 1e-4 for k in start)  # it moved
+    for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        # what the update tells of itself is the main process's share
+        shared = a.keys() - {"value_loss", "clip_fraction", "approx_kl", "ratio_max_deviation"}
+        for key in shared:
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4), key
+
+
+def test_a_signal_to_one_of_two_processes_stops_both(python, tmp_path):
+    words = stage("gpt", tmp_path / "out", "--steps", 60, "--eval_every", 30)
+    ranks = both(python, *words)
+    wait_for_rows(tmp_path / "out" / "metrics.jsonl", 8, ranks[1])
+    os.kill(ranks[1].pid, signal.SIGTERM)
+    done = [python.end(process) for process in ranks]
+    assert done[0].status in (130, 143) and done[1].status == 143, done  # rank 0 was only told
+    assert "--resume" in done[0].out and done[1].out == done[1].err == ""
+    step = checkpoint.load_state(tmp_path / "out" / "last")["step"]
+    assert 8 <= step < 60 and rows(tmp_path / "out")[-1]["step"] == step
+    for process in both(python, *words, "--resume"):
+        assert python.end(process).status == 0
+    steps = [row["step"] for row in rows(tmp_path / "out") if "loss_nats_per_token" in row]
+    assert steps == list(range(1, 61))
+
+
+# -------------------------------------------------------------------------------------- bad input
+BAD_FLAGS = {
+    "gpt": [
+        ("--n_layr", 2, ["n_layr", "n-layer"]), ("--steps", "ten", ["ten"]),
+        ("--n_layer", 1.5, ["1.5"]), ("--lr", 0, ["lr is 0", "above 0"]),
+        ("--lr", -1e-3, ["lr is -0.001"]), ("--lr", "nan", ["lr is nan"]),
+        ("--muon_lr", 0, ["muon_lr"]), ("--n_head", 5, ["5 heads", "32"]),
+        ("--block_size", 0, ["block_size is 0"]), ("--n_layer", 0, ["n_layer is 0"]),
+        ("--n_embd", 0, ["n_embd is 0"]), ("--steps", 0, ["steps is 0"]),
+        ("--batch_size", 0, ["batch_size is 0"]), ("--eval_every", 0, ["eval_every is 0"]),
+        ("--dropout", 1.0, ["dropout is 1.0"]), ("--preset", "gpt9", ["gpt9", "nano", "gpt2"]),
+        ("--device", "tpu", ["tpu", "cpu"]), ("--device", "cuda", ["cuda", "--device auto or cpu"]),
+        ("--dtype", "int8", ["int8", "bfloat16"]), ("--warmup", -1, ["warmup is -1"]),
+        ("--decay", 2, ["decay 2"]), ("--data", "nowhere", ["nowhere"]),
+        ("--weight_decay", -1, ["weight_decay"]),
+    ],
+    "bert": [("--block_size", 2, ["block_size is 2"]), ("--mask_prob", 0, ["mask_prob is 0"])],
+    "reward": [
+        ("--lr", 0, ["lr is 0"]), ("--group_size", 1, ["group_size"]),
+        ("--group_size", 10**6, ["group_size"]), ("--n_groups", 0, ["n_groups"]),
+        ("--eval_every", 0, ["eval_every is 0"]), ("--n_samples", 0, ["n_samples is 0"]),
+        ("--patience", 0, ["patience is 0"]), ("--word_dropout", 2, ["word_dropout"]),
+        ("--init", "runs/none", ["runs/none does not exist"]),
+        ("--init", "runs/demo/reward", ["RewardModel", "BERT"]),
+        ("--policy", "runs/none", ["runs/none does not exist"]),
+        ("--policy", "runs/demo/bert", ["BERT", "GPT"]),
+        ("--max_new_tokens", 99, ["99", "context of 48"]),
+        ("--domains", "movie,poems", ["poems", "movie"]),
+    ],
+    "ppo": [
+        ("--lr", 0, ["lr is 0"]), ("--max_new_tokens", 60, ["60", "context of 48"]),
+        ("--max_prompt", 30, ["30", "24", "context of 48"]),
+        ("--max_new_tokens", 0, ["max_new_tokens is 0"]), ("--min_prompt", 0, ["min_prompt is 0"]),
+        ("--min_prompt", 9, ["9 to 8"]), ("--batch", 0, ["batch is 0"]),
+        ("--minibatch", 0, ["minibatch is 0"]), ("--n_epoch", 0, ["n_epoch is 0"]),
+        ("--save_every", 0, ["save_every is 0"]), ("--n_eval", 0, ["n_eval is 0"]),
+        ("--temperature", 0, ["temperature is 0"]), ("--beta", -1, ["beta is -1"]),
+        ("--beta", "nan", ["beta is nan"]), ("--kl_target", 0, ["kl_target is 0"]),
+        ("--domains", "poems", ["poems"]), ("--policy", "runs/demo/reward", ["RewardModel"]),
+        ("--reward", "runs/demo/gpt", ["GPT", "RewardModel"]), ("--reward", "no.py:f", ["no.py"]),
+        ("--reward", "train_rlhf.py:nothing", ["nothing"]),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_bad_flags(python, demo, tmp_path, name):
+    for flag, value, says in BAD_FLAGS[name]:
+        python.fails(*stage(name, tmp_path / "out", flag, value), says=says)
+        assert not any(tmp_path.iterdir()), f"{flag} {value} left something behind"
+
+
+def test_missing_and_unknown_commands(python, tmp_path):
+    python.fails("train_pretrain.py", says="gpt")
+    python.fails("train_pretrain.py", "vea", says="vea")
+    python.fails("train_pretrain.py", "gpt", "--out", tmp_path / "x", says="--data")
+    python.fails("-m", "nanokl", "smaple", "x", says="smaple")
+    python.fails("-m", "nanokl", "report", tmp_path, says="no stage to report")
+    assert not any(tmp_path.iterdir())
+
+
+def test_bad_use_of_models(python, demo):
+    sample = ("-m", "nanokl", "sample", "runs/demo/gpt")
+    for flags, says in (
+        (["--max_new_tokens", 48], "do not fit the context of 48"),
+        (["--max_new_tokens", 0], "max_new_tokens is 0"),
+        (["--prompt", "film " * 60], "do not fit the context of 48"),
+        (["--n", 0], "n is 0"), (["--temperature", -1], "temperature is -1"),
+        (["--top_k", 0], "top_k is 0"), (["--top_p", 1.5], "top_p is 1.5"),
+        (["--device", "cuda"], "not there"),
+    ):  # fmt: skip
+        python.fails(*sample, *flags, says=says)
+    python.fails("-m", "nanokl", "sample", "runs/none", says=["does not exist", "config.json"])
+    python.fails("-m", "nanokl", "sample", "runs/demo/bert", says=["BERT", "GPT"])
+    python.fails("-m", "nanokl", "score", "runs/demo/gpt", "x", says=["GPT", "RewardModel"])
+    python.fails("-m", "nanokl", "score", "runs/demo/reward", says="text")
+    python.fails("-m", "nanokl", "score", "runs/demo/reward", "film " * 60, says="context")
+    mask = ("-m", "nanokl", "fill-mask", "runs/demo/bert")
+    python.fails(*mask, "no mask", says="exactly one")
+    python.fails(*mask, "[MASK] [MASK]", says="exactly one")
+    python.fails(*mask, "film " * 60 + "[MASK]", says="context 48")
+    python.fails(*mask, "a [MASK]", "--top_k", 0, says="top_k is 0")
+
+
+def test_bad_corpus(python, sdist, tmp_path):
+    """Of all sources, through one program each; test_corpus has every case."""
+    text = tmp_path / "a.txt"
+    for content, says in ((None, "no file at"), (b"", "is empty"), (b"a\0b", "NUL byte"),
+                          ("caf\xe9".encode()[:-1], "not UTF-8")):  # fmt: skip
+        if content is not None:
+            text.write_bytes(content)
+        python.fails("data/text/prepare.py", text, "--out", tmp_path / "out", says=says)
+    text.write_text("words and words " * 50)
+    python.fails("data/text/prepare.py", text, "--out", tmp_path / "out", "--vocab_size", 260,
+                 says=["260", "261"])  # fmt: skip
+    python.fails("data/shakespeare/prepare.py", text, "--out", tmp_path / "out", says="sha256")
+    hutto = ("data/hutto/prepare.py", *sdist[:2], "--out", tmp_path / "out")
+    python.fails(*hutto, "--sha256", "0" * 64, says=["sha256", "0" * 64])
+    python.fails("data/hutto/prepare.py", "--out", tmp_path / "out", says="pip could not fetch")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_bad_shards(python, demo, tmp_path):
+    source, data = python.cwd / "data" / "hutto", tmp_path / "data"
+    shutil.copytree(source, data)
+    words = stage("gpt", tmp_path / "out", "--data", data)
+    whole = (source / "train.bin").read_bytes()
+    for content, says in ((whole[:-2], "truncated"), (whole[:40], "truncated"), (b"", "is empty"),
+                          (b"text", "not a nanokl shard"), (None, "no shard at")):  # fmt: skip
+        (data / "train.bin").unlink()
+        if content is not None:
+            (data / "train.bin").write_bytes(content)
+        python.fails(*words, says=says)
+        (data / "train.bin").touch()
+    (data / "train.bin").write_bytes(whole)
+    (tmp_path / "b.txt").write_text("some other words " * 99)
+    python.ok("data/text/prepare.py", tmp_path / "b.txt", "--out", tmp_path / "other",
+              "--vocab_size", 300)  # fmt: skip
+    shutil.copy(tmp_path / "other" / "val.bin", data / "val.bin")
+    python.fails(*words, says="another tokenizer")
+    assert not (tmp_path / "out").exists()
+    out = stage("ppo", tmp_path / "out", "--data", tmp_path / "other")
+    python.fails(*out, says="another tokenizer")
+    shutil.copy(source / "judgements.jsonl", tmp_path / "other")
+    python.fails(*stage("reward", tmp_path / "out", "--data", tmp_path / "other"),
+                 says="another tokenizer")  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_checkpoints(python, demo, tmp_path):
+    good, bad = demo / "gpt" / "best", tmp_path / "gpt"
+    shutil.copytree(good, bad)
+    tensors, path = weights(good), bad / "model.safetensors"
+    name = max(tensors, key=lambda key: tensors[key].numel())
+    lacking = {key: x for key, x in tensors.items() if key != name}
+    small = {**tensors, name: tensors[name][1:].clone()}
+    damages = [
+        (safetensors.torch.save(lacking), [name]),
+        (safetensors.torch.save({**tensors, "new.weight": torch.ones(2)}), ["new.weight"]),
+        (safetensors.torch.save(small), [name, str(tuple(tensors[name].shape))]),
+        (path.read_bytes()[:-9], ["truncated"]), (b"", ["truncated"]), (None, ["missing"]),
+    ]  # fmt: skip
+    for content, says in damages:
+        path.unlink() if content is None else path.write_bytes(content)
+        python.fails("-m", "nanokl", "sample", bad, says=says)
+        python.fails(*stage("ppo", tmp_path / "out", "--policy", bad), says=says)
+    (bad / "config.json").write_text("{")
+    python.fails("-m", "nanokl", "sample", bad, says="damaged")
+    (bad / "config.json").unlink()
+    python.fails("-m", "nanokl", "sample", bad, says="no checkpoint")
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_that_is_taken(python, demo, tmp_path):
+    before = {p: p.read_bytes() for p in demo.rglob("*") if p.is_file()}
+    for name in ("gpt", "bert", "reward", "ppo"):
+        python.fails(*stage(name, demo / name), says=["holds another run", "--resume", "--out"])
+    assert before == {p: p.read_bytes() for p in demo.rglob("*") if p.is_file()}
+    (tmp_path / "file").write_text("mine")
+    python.fails(*stage("gpt", tmp_path / "file"), says="is a file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("return [float('nan')] * len(texts)", "NaN"),
+        ("return [1.0] * (len(texts) - 1)", "one number per sample"),
+        ("return 1.0", "one number per sample"),
+        ("return texts", "one number per sample"),
+        ("return None", "one number per sample"),
+        ("return [[1.0, 2.0]] * len(texts)", "one number per sample"),
+    ],
+)
+def test_bad_reward_function(python, demo, tmp_path, body, says):
+    (tmp_path / "mine.py").write_text(f"def reward(ids, texts):\n    {body}\n")
+    words = stage("ppo", tmp_path / "out", "--reward", f"{tmp_path}/mine.py:reward")
+    python.fails(*words, says=["the reward function returned", says])
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.py"]
+
+
+def test_reward_file_that_does_not_run(python, demo, tmp_path):
+    (tmp_path / "mine.py").write_text("def reward(ids, texts)\n")
+    python.fails(*stage("ppo", tmp_path / "out", "--reward", f"{tmp_path}/mine.py:reward"),
+                 says=["cannot be run", "SyntaxError"])  # fmt: skip
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.py"]

@@ -1,0 +1,280 @@
+"""report and figures: one whole page from what is there, and nothing in it that is not text."""
+
+import json
+import math
+import re
+import statistics
+import struct
+import sys
+from datetime import datetime, timezone
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from nanokl import UserError, figures, report
+from nanokl.report import write_report
+
+EVIL = "<script>alert(1)</script> & \"q\" <img src='x'>\nline two {beta} \ud800"
+SUMMARY = {
+    "gpt": {"wall_seconds": 100.5, "peak_memory_gib": 1.5,
+            "bits_per_byte": 2.0014, "val_nats_per_token": 3.53,
+            "parameters": 5312256, "tokens": 10, "best_step": 9, "machine": "a <fine> machine"},
+    "bert": {"wall_seconds": 50.0, "mlm_nats_per_token": 4.2, "mlm_accuracy": 0.2984},
+    "reward": {
+        "wall_seconds": 20.0, "pair_accuracy": 0.7412, "pair_accuracy_se": 0.0041,
+        "human_ceiling": 0.8838, "pearson_r": {"movie": 0.69, "news": 0.4},
+        "human_r": {"movie": 0.88, "news": 0.72}, "calibration_error": 0.0213,
+        "domains": {
+            name: {"pair_accuracy": acc, "pair_accuracy_se": 0.006, "human_ceiling": 0.88,
+                   "pearson_r": 0.6, "human_r": 0.87, "n_pairs": 20000, "n_snippets": 1000}
+            for name, acc in (("movie", 0.745), ("news", 0.641))},
+        "calibration": [{"predicted": p, "observed": p, "n": 100} for p in (0.55, 0.75, 0.95)],
+        "given": {"tf-idf ridge": {"pair_accuracy": {"movie": 0.7541}, "pearson_r": {}}}},
+    "ppo": {"wall_seconds": 30.0, "beta": 0.1, "reward_ref_mean": -0.012, "reward_mean": 1.948,
+            "reward_mean_se": 0.021, "kl_nats_per_sequence": 8.41, "kl_nats_per_sequence_se": 0.09,
+            "objective": 1.107, "objective_se": 0.022, "objective_ref": -0.012,
+            "first_ratio_max_deviation": 4.2e-7, "kl_at_step_0": 0.0, "distinct_2": 0.571,
+            "distinct_2_ref": 0.931,
+            "best_of_n": [{"n": n, "reward_mean": math.log(n), "reward_mean_se": 0.03,
+                           "kl_nats_bound": math.log(n) - (n - 1) / n} for n in (1, 2, 4)]},
+}  # fmt: skip
+for summary in SUMMARY.values():
+    summary["date"] = "2026-05-09 08:12:30+00:00"
+FIGURES = {
+    "gpt": {"gpt_loss"},
+    "bert": {"bert_loss"},
+    "reward": {"reward_accuracy", "reward_pearson", "reliability", "reward_loss"},
+    "ppo": {"ppo_reward_kl", "ppo_reward", "ppo_kl", "ppo_entropy"},
+}
+END = datetime(2026, 5, 9, 8, 12, 30, tzinfo=timezone.utc).timestamp()  # of the last stage
+
+
+def rows_of(stage):
+    for step in range(1, 81):
+        if stage == "gpt":
+            yield {"step": step, "loss_nats_per_token": 9 / step, "lr": None}
+            if step % 20 == 0:
+                yield {"step": step, "val_nats_per_token": 9 / step, "val_bits_per_byte": 4 / step}
+        elif stage == "bert":
+            yield {"step": step, "loss_nats_per_token": None if step == 7 else 9 / step}
+            yield {"step": step, "mlm_nats_per_token": 9 / step, "mlm_accuracy": step / 200}
+        elif stage == "reward":
+            yield {"step": step, "loss_nats_per_pair": 0.6, "val_nats_per_pair": 0.6}  # constant
+        else:
+            keys = (
+                "reward_mean kl_nats_per_sequence kl_k1_nats_per_sequence objective "
+                "entropy_nats_per_token"
+            )
+            yield {"step": step, "episodes": 64 * step, **dict.fromkeys(keys.split(), step / 9)}
+
+
+def fake(run, *stages):
+    """A run folder as the programs leave it."""
+    for stage in stages:
+        (run / stage).mkdir(parents=True)
+        (run / stage / "summary.json").write_text(json.dumps(SUMMARY[stage]))
+        rows = "".join(json.dumps(row) + "\n" for row in rows_of(stage))
+        (run / stage / "metrics.jsonl").write_text(rows)
+        flags = {"data": "my data", "lr": 3e-5, "resume": True, "use_x": False, "kl_target": None}
+        (run / stage / "flags.json").write_text(json.dumps(flags))
+    if "ppo" in stages:
+        sample = {"prompt": EVIL, "before": "b", "after": EVIL, "score_before": -1.5,
+                  "score_after": None, "kl_nats": 9.1}  # fmt: skip
+        (run / "ppo" / "samples.jsonl").write_text((json.dumps(sample) + "\n") * 3)
+    return run
+
+
+class Page(HTMLParser):
+    """Tags with attributes, text, and whether every tag is closed in order."""
+
+    VOID = {"meta", "br", "path", "use", "rect"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text, self.open = [], "", []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A report of all stages and its figures, made once for the tests that only look at it."""
+    run = fake(tmp_path_factory.mktemp("run"), *SUMMARY)
+    (run / "started").write_text(f"{END - 500}\n")
+    kept, to_svg = [], figures._inline_svg
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "_inline_svg", lambda f, **kw: kept.append(f) or to_svg(f, **kw))
+        return write_report(run), kept
+
+
+@pytest.fixture(scope="module")
+def whole(drawn):
+    return drawn[0]
+
+
+# ------------------------------------------------------------------------------------- the page
+def test_the_page_is_well_formed_and_loads_nothing(whole):
+    html = whole.read_text("utf-8")
+    page = Page(html)
+    assert {tag for tag, _ in page.tags} & {"script", "img", "link", "iframe", "object"} == set()
+    for _, attrs in page.tags:
+        assert not any(name.startswith("on") or name in ("src", "href") for name in attrs)
+        assert attrs.get("xlink:href", "#")[0] == "#"  # markers, defined in the same figure
+    assert not re.search(r"https?:|url\((?!#)|@import", html)
+    assert 'name="viewport"' in html and "@media print" in html and "color-scheme: dark" in html
+
+
+def test_figures_follow_the_colours_of_the_page(whole):
+    html = whole.read_text("utf-8")
+    svgs = "".join(re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL))
+    assert html.count("<svg") == sum(map(len, FIGURES.values()))
+    for name, light in figures.COLOURS.items():
+        values = re.findall(rf"--{name}: (#[0-9a-f]{{6}});", html)
+        assert values[0] == light and len(set(values)) == 2  # light and dark
+        assert light not in svgs
+    assert "var(--ours)" in svgs and "var(--yard)" in svgs
+    used = set(re.findall(r"var\(--(\w+)\)", html))
+    assert used <= set(re.findall(r"--(\w+):", html))
+
+
+def test_numbers_carry_errors_and_yardsticks(whole):
+    text = re.sub(r"\s+", " ", Page(whole.read_text("utf-8")).text)
+    for expected in (
+        "2.001 bits per byte", "5,312,256 parameters", "0.741 ± 0.004 of pairs", "ceiling 0.884",
+        "1.95 ± 0.02 sd", "8.41 ± 0.09 nats", "1.11 ± 0.02 sd", "beta = 0.1", "has −0.012",
+        "tf-idf ridge (given)", "0.754", "0.745 ± 0.006", "4.2e−07", "a <fine> machine",
+        "0.571 distinct-2", "has 0.931", "miss 0.021", "0:08:20 in all", "best of 1 to 4",
+    ):  # fmt: skip
+        assert expected in text, expected
+    assert "Not finished" not in text and "nan" not in text.split()
+
+
+def test_samples_are_escaped(whole):
+    page = Page(whole.read_text("utf-8"))
+    shown = EVIL.replace("\ud800", "?")  # no UTF-8 for half a surrogate
+    assert page.text.count(shown) == 2 * 3 and "−1.50" in page.text
+
+
+def test_commands_can_be_pasted(whole):
+    lines = re.search(r"<pre>(.*?)</pre>", whole.read_text("utf-8"), re.DOTALL)[1].splitlines()
+    assert lines[0] == (
+        "python train_pretrain.py gpt &#x27;--data=my data&#x27; --lr=3e-05 --no-use_x"
+    )
+    assert [line.split()[1:3] for line in lines[2:]] == [
+        ["train_rlhf.py", "reward"],
+        ["train_rlhf.py", "ppo"],
+    ]
+
+
+def test_figures_are_png_files_of_one_size(whole):
+    files = sorted((whole.parent / "figures").iterdir())
+    assert {file.stem for file in files} == set().union(*FIGURES.values())
+    for file in files:
+        data = file.read_bytes()
+        assert data[:8] == b"\x89PNG\r\n\x1a\n" and data[-8:-4] == b"IEND"
+        assert struct.unpack(">II", data[16:24]) == (920, 660)
+
+
+# ------------------------------------------------------------------------------------ the merge
+def test_summaries_are_merged_with_the_wall_time_since_the_start(whole):
+    merged = json.loads((whole.parent / "summary.json").read_text())
+    # whenever the report is made
+    assert merged == {"wall_seconds": 500.0, "peak_memory_gib": 1.5, **SUMMARY}
+
+
+def test_wall_time_lasts_to_the_end_of_the_last_stage_or_is_the_sum(tmp_path):
+    run = fake(tmp_path, "gpt", "bert", "ppo")
+    (run / "started").write_text(f"{END - 300}\n")
+    stages = {name: report.read_stage(run / name) for name in report.STAGES}
+    stages["bert"].summary.pop("date")
+    assert report.merge(run, stages)["wall_seconds"] == 180.5  # one stage does not say when
+    stages["bert"].summary["date"] = "2026-05-09 08:20:30+00:00"
+    assert report.merge(run, stages)["wall_seconds"] == 300 + 8 * 60
+    (run / "started").write_text("yesterday")
+    assert report.merge(run, stages)["wall_seconds"] == 180.5
+
+
+# ------------------------------------------------------------------------------------ what lacks
+def test_absent_and_unfinished_stages_are_named(tmp_path):
+    run = fake(tmp_path / "run", "gpt", "bert")
+    (run / "bert" / "summary.json").unlink()
+    (run / "gpt" / "metrics.jsonl").unlink()
+    text = Page(write_report(run).read_text("utf-8")).text
+    assert "Not finished, no summary yet: bert, reward, ppo." in text
+    assert "Pretraining" in text and "Policy (PPO)" not in text
+    assert {file.stem for file in (run / "figures").iterdir()} == FIGURES["bert"]
+    merged = json.loads((run / "summary.json").read_text())
+    assert set(merged) == {"wall_seconds", "peak_memory_gib", "gpt"}
+
+
+def test_bare_summaries_still_make_a_page(tmp_path):
+    """Every number may be missing or null: a short run, a NaN, an older version."""
+    for stage in SUMMARY:
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "summary.json").write_text(
+                '{"beta": null, "note": "x", "mlm_accuracy": 0.1, "best_of_n": null, "date": 7}'
+            )
+    (tmp_path / "gpt" / "metrics.jsonl").write_text('{"step": 1, "val_nats_per_token": 3.0}\n')
+    page = Page(write_report(tmp_path).read_text("utf-8"))
+    assert "–" in page.text
+    assert [file.stem for file in (tmp_path / "figures").iterdir()] == ["gpt_loss"]
+
+
+def test_nothing_to_report_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="no stage") as caught:
+        write_report(tmp_path)
+    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["{", "[1]", "7", "\x00"])
+def test_a_damaged_summary_is_named(tmp_path, damage):
+    run = fake(tmp_path, "bert")
+    (run / "bert" / "summary.json").write_text(damage)
+    with pytest.raises(UserError, match=r"bert/summary\.json is damaged"):
+        write_report(run)
+
+
+def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match=r"pip install 'nanokl\[plot\]'"):
+        write_report(fake(tmp_path, "bert"))
+    assert not (tmp_path / "report.html").exists() and not (tmp_path / "figures").exists()
+
+
+# ------------------------------------------------------------------------------------- the sums
+@pytest.mark.parametrize("n", [1, 2, 29, 30, 95])
+def test_smooth_is_a_moving_mean_with_its_error(n):
+    y = np.random.default_rng(n).normal(size=n)
+    mean, se = figures.smooth(y)
+    k = n // figures.WINDOWS
+    for i in range(n):
+        window = y[max(0, i - k) : i + k + 1].tolist()
+        assert mean[i] == pytest.approx(statistics.fmean(window))
+        error = statistics.stdev(window) / math.sqrt(len(window)) if len(window) > 1 else 0.0
+        assert se[i] == pytest.approx(error)
+
+
+def test_every_legend_is_inside_its_figure_and_beside_the_axes(drawn):
+    for figure in drawn[1]:
+        (axes,) = figure.axes
+        legend = axes.get_legend().get_window_extent()
+        assert legend.y0 >= 0 and legend.y1 <= figure.bbox.y1, axes.get_xlabel()
+        assert axes.bbox.x1 <= legend.x0 and legend.x1 <= figure.bbox.x1, axes.get_xlabel()
+        for text in axes.get_legend().get_texts():
+            assert text.get_color() in (figures.OURS, figures.YARD, figures.MUTED)

@@ -1,0 +1,505 @@
+"""reward.py against loops, closed forms, simulated raters with known answers, and bad input."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanokl import UserError, checkpoint
+from nanokl.bert import BERT
+from nanokl.data import text_batch
+from nanokl.gpt import GPT
+from nanokl.judgements import Judgements, comparison_groups, human_pairs
+from nanokl.reward import (
+    RewardModel,
+    bootstrap_se,
+    bradley_terry,
+    calibration,
+    check_scores,
+    load_function,
+    load_reward,
+    pair_report,
+)
+from nanokl.runtime import Runtime, generator
+from nanokl.tokenizer import Tokenizer
+
+CPU = Runtime(torch.device("cpu"), torch.float32)
+BYTES = Tokenizer([bytes([b]) for b in range(256)])  # no merges: a token a byte
+TRUNKS = [BERT, GPT]
+TEXTS = ["a", "", "a longer text", "zz top", "a much longer text than that", "é!", "b"]
+DOMAINS = torch.tensor([0, 1, 2, 0, 1, 2, 0])
+MANY = settings(max_examples=25, deadline=None)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_trunk(cls, seed=0, **options):
+    """A tiny trunk with random weights everywhere, projections included."""
+    options = {"block_size": 24, "n_layer": 1, "n_head": 2, "n_embd": 16, **options}
+    trunk = cls(cls.Config(vocab_size=BYTES.vocab_size, **options), generator(seed))
+    rng = generator(seed, "weights")
+    with torch.no_grad():
+        for p in trunk.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=rng))
+    return trunk
+
+
+def make_model(cls, seed=0, **options):
+    """A reward model of three domains that differ."""
+    torch.manual_seed(seed)
+    model = RewardModel.on(make_trunk(cls, seed, **options), n_domain=3).eval()
+    with torch.no_grad():
+        model.trunk.wse.weight.add_(0.5 * torch.randn(3, model.trunk.config.n_embd))
+    return model
+
+
+def make_judgements(ratings, domains=None, names=("film", "news"), texts=None):
+    n = [len(r) for r in ratings]
+    padded = np.zeros((len(ratings), max(n)), np.float32)
+    for row, r in zip(padded, ratings, strict=True):
+        row[: len(r)] = r
+    domains = np.array([0] * len(n) if domains is None else domains)
+    texts = texts or [f"text {i}" for i in range(len(n))]
+    return Judgements([str(i) for i in range(len(n))], domains, list(names), texts, padded,
+                      np.array(n))
+
+
+# -------------------------------------------------------------------------------- Bradley-Terry
+
+
+def slow_bradley_terry(score, wins, valid):
+    """Loss, gradient sum (sigmoid(s_a - s_b) - win) / n, and accuracy, pair by pair."""
+    loss, grad, right, n = 0.0, np.zeros(score.shape), 0, int(valid.sum())
+    for g, a, b in valid.nonzero().tolist():
+        p = 1 / (1 + math.exp(score[g, b] - score[g, a]))
+        win = wins[g, a, b].item()
+        loss -= math.log(p if win else 1 - p) / n
+        grad[g, a] += (p - win) / n
+        grad[g, b] -= (p - win) / n
+        right += (p > 0.5) == (win == 1)
+    return loss, grad, right / max(n, 1)
+
+
+@MANY
+@given(st.integers(1, 3), st.integers(2, 5), st.integers(0, 999))
+def test_bradley_terry_and_its_gradient_equal_a_loop(G, K, seed):
+    rng = generator(seed)
+    score = torch.randn(G, K, generator=rng, dtype=torch.float64)
+    wins = torch.randint(2, (G, K, K), generator=rng).double()
+    valid = torch.ones(K, K).triu(1).bool() & (torch.rand(G, K, K, generator=rng) < 0.7)  # no ties
+    expected, grad, accuracy = slow_bradley_terry(score, wins, valid)
+    leaf = score.clone().requires_grad_()
+    loss, info = bradley_terry(leaf, wins, valid)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected, rel=1e-10, abs=1e-12)
+    np.testing.assert_allclose(leaf.grad.numpy(), grad, rtol=0, atol=1e-12)
+    assert info["n_pairs"] == valid.sum() and info["pair_accuracy"] == pytest.approx(accuracy)
+    shift = torch.randn(G, 1, generator=rng, dtype=torch.float64)  # each group has its own zero
+    assert bradley_terry(score + shift, wins, valid)[0].item() == pytest.approx(expected, abs=1e-12)
+    junk = torch.where(valid, wins, 1 - wins)  # what was not compared, or tied, has no answer
+    assert bradley_terry(score, junk, valid)[0].item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_bradley_terry_by_hand():
+    """Two snippets 1 apart: log(1 + e^-1) if the better won, log(1 + e) if not; equal: log 2."""
+    wins, valid = torch.zeros(1, 2, 2), torch.tensor([[[False, True], [False, False]]])
+    wins[0, 0, 1] = 1
+    for scores, expected in (([2.0, 1.0], math.log1p(math.exp(-1))),
+                             ([1.0, 2.0], math.log1p(math.e)), ([3.0, 3.0], math.log(2))):
+        loss, info = bradley_terry(torch.tensor([scores]), wins, valid)
+        assert loss.item() == pytest.approx(expected, rel=1e-6)
+        assert info["pair_accuracy"] == float(scores[0] > scores[1])
+    loss, info = bradley_terry(torch.ones(1, 2, requires_grad=True), wins, valid & False)
+    loss.backward()
+    assert loss == 0 and info["n_pairs"] == 0  # all ties: nothing to learn, nothing breaks
+
+
+# --------------------------------------------------------------------------------- reward model
+
+
+def by_hand(model, ids, domain):
+    """The score of one unpadded text from the trunk's embeddings and hidden states."""
+    idx = torch.tensor([ids])
+    segment = torch.full_like(idx, domain)
+    h, x = model.trunk(idx, segment=segment)[0], model.trunk.embed(idx, segment)[0]
+    pooled = torch.cat((h[-1] if type(model.trunk) is GPT else h.mean(0), x.mean(0)))
+    raw = pooled @ model.score.weight[0]
+    return (model.gain * raw + model.bias).item()
+
+
+@pytest.mark.parametrize("cls", TRUNKS)
+def test_score_is_of_the_real_tokens_only(cls):
+    """The last one of a causal trunk, the mean of an encoder; padding is unseen."""
+    model = make_model(cls)
+    with torch.no_grad():
+        model.gain.fill_(1.5), model.bias.fill_(-0.5)
+    idx, mask = text_batch(BYTES, TEXTS, block_size=24)
+    score = model(idx, mask, DOMAINS)
+    assert score.shape == (len(TEXTS),) and score.dtype == torch.float32
+    expected = [by_hand(model, row[real].tolist(), domain)
+                for row, real, domain in zip(idx, mask, DOMAINS.tolist(), strict=True)]
+    np.testing.assert_allclose(score.tolist(), expected, rtol=0, atol=1e-5)
+    junk = torch.where(mask, idx, 7)
+    torch.testing.assert_close(model(junk, mask, DOMAINS), score, rtol=0, atol=1e-6)
+    other = model(idx, mask, torch.zeros_like(DOMAINS))
+    assert score.std() > 0.1 and torch.equal(other != score, DOMAINS > 0)
+
+
+@pytest.mark.parametrize("cls, n_segment", [(BERT, 0), (BERT, 2), (GPT, 0)])
+def test_all_domains_start_as_the_pretrained_trunk(cls, n_segment):
+    """Which has seen its first segment at most."""
+    trunk = make_trunk(cls, n_segment=n_segment)
+    model, idx = RewardModel.on(trunk.eval(), n_domain=4).eval(), torch.arange(12).view(2, 6)
+    for segment in (None, torch.zeros_like(idx), torch.full_like(idx, 3)):
+        assert torch.equal(model.trunk(idx, segment=segment), trunk(idx))
+
+
+@pytest.mark.parametrize("cls", TRUNKS)
+def test_normalise_is_exact_on_its_samples_and_idempotent(cls):
+    model = make_model(cls)
+    raw = model.score_texts(BYTES, TEXTS)
+    model.normalise(raw)
+    score = model.score_texts(BYTES, TEXTS)
+    assert score.mean().abs() < 1e-5 and (score.std() - 1).abs() < 1e-5
+    torch.testing.assert_close(score, (raw - raw.mean()) / raw.std(), rtol=0, atol=1e-5)
+    gain, bias = model.gain.clone(), model.bias.clone()
+    model.normalise(score)
+    torch.testing.assert_close((model.gain, model.bias), (gain, bias), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:std_mean")
+def test_normalise_needs_scores_that_differ():
+    for score in (torch.ones(5), torch.tensor([2.0])):
+        with pytest.raises(UserError, match="cannot be normalised"):
+            make_model(BERT).normalise(score)
+
+
+@pytest.mark.parametrize("cls", TRUNKS)
+def test_score_texts_depends_on_no_batch_and_no_order(cls):
+    model = make_model(cls)
+    spaced = [b" " + t.strip().encode() for t in TEXTS]  # a first word is like any other
+    rows = ([BYTES.special("[CLS]"), *t[:22], BYTES.special("[SEP]")] for t in spaced)
+    expected = [by_hand(model, row, d) for row, d in zip(rows, DOMAINS.tolist(), strict=True)]
+    order = [3, 0, 6, 2, 5, 1, 4]
+    for batch in (1, 2, 3, 256):
+        score = model.score_texts(BYTES, TEXTS, DOMAINS, batch=batch)
+        np.testing.assert_allclose(score.tolist(), expected, rtol=0, atol=1e-5)
+        mixed = model.score_texts(BYTES, [TEXTS[i] for i in order], DOMAINS[order].numpy(),
+                                  batch=batch)
+        torch.testing.assert_close(mixed, score[order], rtol=0, atol=1e-5)
+    assert not score.requires_grad and model.score_texts(BYTES, []).shape == (0,)
+    same = model.score_texts(BYTES, TEXTS, 2)  # one domain for all
+    torch.testing.assert_close(same, model.score_texts(BYTES, TEXTS, np.full(len(TEXTS), 2)))
+    long = ["x" * 21, "x" * 22, "x" * 500]  # cut at the context of 24, [CLS] and [SEP] included
+    a, b, c = model.score_texts(BYTES, long).tolist()
+    assert a == b == c
+
+
+def test_score_texts_is_without_dropout_and_leaves_the_mode_alone():
+    torch.manual_seed(0)
+    model = RewardModel.on(make_trunk(BERT), n_domain=3, dropout=0.5).train()
+    batch = (*text_batch(BYTES, TEXTS, block_size=24), DOMAINS)
+    assert not torch.equal(model(*batch), model(*batch))
+    assert torch.equal(model.score_texts(BYTES, TEXTS), model.score_texts(BYTES, TEXTS))
+    assert model.training and model.trunk.training
+    model.eval().score_texts(BYTES, TEXTS)
+    assert not model.training
+
+
+def test_the_head_starts_as_in_ziegler():
+    """N(0, 1 / (inputs + 1)), bias 0; off by a fifth of its 512 weights' sd: odds of 1 in 10^9."""
+    torch.manual_seed(0)
+    head = RewardModel.on(make_trunk(BERT, n_embd=256), n_domain=1)
+    assert head.score.bias is None and head.gain == 1 and head.bias == 0
+    n = head.score.in_features
+    assert n >= 256 and 0.8 < head.score.weight.std().item() * (n + 1) ** 0.5 < 1.2
+
+
+@pytest.mark.parametrize("trunk", [
+    make_trunk(BERT, head_transform=True), make_trunk(GPT), make_trunk(GPT, tied=False,
+                                                                       value_head=True)])
+def test_every_parameter_that_trains_gets_a_gradient(trunk):
+    """DDP stops at one that does not; the trunk's own heads are frozen, tied embeddings not."""
+    model = RewardModel.on(trunk, n_domain=3)
+    model(*text_batch(BYTES, TEXTS, block_size=24), DOMAINS).sum().backward()
+    without = [name for name, p in model.named_parameters() if (p.grad is None) == p.requires_grad]
+    assert not without and model.trunk.wte.weight.requires_grad
+    copy = dict(model.trunk.named_parameters())
+    for name, p in trunk.named_parameters():
+        assert torch.equal(copy[name], p) and copy[name] is not p
+
+
+@pytest.mark.parametrize("cls", TRUNKS)
+def test_save_and_load(cls, tmp_path):
+    model = make_model(cls)
+    model.normalise(model.score_texts(BYTES, TEXTS))
+    score = model.score_texts(BYTES, TEXTS)
+    checkpoint.save(tmp_path / "run" / "best", model, tokenizer=BYTES)
+    loaded = checkpoint.load(tmp_path / "run" / "best", RewardModel)
+    assert loaded.config == model.config and type(loaded.trunk) is cls
+    assert all(torch.equal(x, loaded.state_dict()[k]) for k, x in model.state_dict().items())
+    assert torch.equal(loaded.eval().score_texts(BYTES, TEXTS), score)
+    reward = load_reward(str(tmp_path / "run"), CPU)  # as a function, from its run's folder
+    assert torch.equal(check_scores(reward([[0]] * len(TEXTS), TEXTS), len(TEXTS)), score)
+
+
+# -------------------------------------------------------------------------- functions of the user
+
+
+GOOD = [[1.0, -2], (1, -2), np.array([1.0, -2.0]), np.array([1, -2]), torch.tensor([1.0, -2.0]),
+        [np.float32(1), -2], [torch.tensor(1.0), -2.0], torch.tensor([1.0, -2.0]).requires_grad_(),
+        torch.tensor([1, -2]), range(1, -3, -3)]  # fmt: skip
+BAD = [  # what a function returned for 2 samples, and what the one line says
+    ([1.0], "shape (1,)"), ([1.0, 2.0, 3.0], "shape (3,)"), (1.0, "shape ()"),
+    ([[1.0], [2.0]], "shape (2, 1)"), ([[1.0], [2.0, 3.0]], "list"), (None, "NoneType"),
+    ([1.0, None], "list"), (["a", "b"], "list"), ("12", "str"), ({0: 1.0, 1: 2.0}, "dict"),
+    ([1j, 2.0], "list"), ((x for x in (1.0, 2.0)), "generator"), (np.array([1.0, None]), "ndarray"),
+    ([math.nan, 1.0], "1 NaN"), ([math.inf, -math.inf], "2 NaN"), ([1e40, 1.0], "1 NaN"),
+    ([10**400, 1.0], "list"), (lambda: 1.0, "function"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("scores", GOOD, ids=lambda x: type(x).__name__)
+def test_scores_of_many_types(scores):
+    got = check_scores(scores, 2)
+    assert got.shape == (2,) and got.dtype == torch.float32 and not got.requires_grad
+    assert got.tolist() == [1, -2]
+
+
+@pytest.mark.parametrize("scores, message", BAD, ids=lambda x: x if isinstance(x, str) else "")
+def test_scores_that_are_not_one_number_per_sample(scores, message):
+    with pytest.raises(UserError) as error:
+        check_scores(scores, 2)
+    text = str(error.value)
+    assert message in text and "the reward function returned" in text and "return " in text
+
+
+def write(folder, text):
+    path = folder / "my_reward.py"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_load_function(tmp_path):
+    """It sees its module's names, and a dataclass with postponed annotations works in it."""
+    path = write(tmp_path, '''from __future__ import annotations
+from dataclasses import dataclass
+@dataclass
+class Scale:
+    by: float = 2.0
+SCALE = Scale()
+def length(ids, texts):
+    return [SCALE.by * len(t) + helper(i) for i, t in zip(ids, texts)]
+def helper(i):
+    return i[0]
+NUMBER = 3
+''')
+    for load in (load_function, lambda spec: load_reward(spec, CPU)):
+        assert load(f"{path}:length")([[1], [5]], ["abc", ""]) == [7.0, 5]
+
+
+@pytest.mark.parametrize("text, name, message", [
+    ("x = 1", "reward", "has no function 'reward'"), ("reward = 3", "reward", "has no function"),
+    ("x = 1", "", "has no function ''"), ("def reward(:", "reward", "SyntaxError"),
+    ("1 / 0", "reward", "ZeroDivisionError"), ("import no_such_", "reward", "ModuleNotFoundError"),
+    ("raise ValueError('two\\nlines')", "reward", "ValueError: two lines"),
+    ("\0", "reward", "cannot be run"),
+])  # fmt: skip
+def test_load_function_complains(tmp_path, text, name, message):
+    path = write(tmp_path, text)
+    with pytest.raises(UserError, match=message) as error:
+        load_function(f"{path}:{name}")
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_load_reward_complains(tmp_path):
+    for spec in (f"{tmp_path}/none.py:reward", "none.py:reward", f"{tmp_path}:reward"):
+        with pytest.raises(UserError, match="no file"):
+            load_function(spec)
+    with pytest.raises(UserError, match="no file"):
+        load_reward(f"{tmp_path}/none.py:reward", CPU)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        load_reward(str(tmp_path), CPU)
+    checkpoint.save(tmp_path / "best", make_trunk(BERT), tokenizer=BYTES)
+    with pytest.raises(UserError, match="holds a BERT but a RewardModel is needed"):
+        load_reward(str(tmp_path), CPU)
+
+
+# -------------------------------------------------------------------- agreement with human raters
+
+
+@MANY
+@given(st.integers(1, 60), st.integers(1, 12), st.integers(0, 999))
+def test_calibration_equals_a_loop(n, n_bins, seed):
+    rng = np.random.default_rng(seed)
+    margin, a_wins = 3 * rng.standard_normal(n), rng.random(n) < 0.5
+    bins = {}
+    for m, win in zip(margin.tolist(), a_wins.tolist(), strict=True):
+        p = max(1 / (1 + math.exp(-m)), 1 / (1 + math.exp(m)))
+        low = max(k for k in range(n_bins) if 0.5 + k / (2 * n_bins) <= p + 1e-15)
+        bins.setdefault(low, []).append((p, (m > 0) == win))
+    got = calibration(margin, a_wins, n_bins)
+    assert [b["n"] for b in got] == [len(bins[k]) for k in sorted(bins)]
+    for b, k in zip(got, sorted(bins), strict=True):
+        assert [b["predicted"], b["observed"]] == pytest.approx(np.mean(bins[k], axis=0))
+
+
+def test_calibration_of_answers_drawn_from_the_model():
+    """Within 5 standard errors in each of 10 bins: by chance once in 150,000 seeds."""
+    rng = np.random.default_rng(0)
+    margin = 2 * rng.standard_normal(40_000)
+    for b in calibration(margin, rng.random(40_000) < 1 / (1 + np.exp(-margin))):
+        assert abs(b["predicted"] - b["observed"]) < 5 * (0.25 / b["n"]) ** 0.5
+    sure = calibration(np.array([50.0, -50.0, 1000.0]), np.array([True, False, False]))
+    assert sure == [{"predicted": pytest.approx(1), "observed": pytest.approx(2 / 3), "n": 3}]
+
+
+def test_bootstrap_equals_all_resamples():
+    """5 snippets, their 10 pairs: all 3,125 resamples. 20,000 draws leave .5 % of noise."""
+    a, b = (np.array(x) for x in zip(*itertools.combinations(range(5), 2), strict=True))
+    right = np.array([1, 0, 1, 1, 0.5, 1, 0, 1, 1, 0.5])
+    means = []
+    for drawn in itertools.product(range(5), repeat=5):
+        times = [drawn.count(i) for i in range(5)]
+        weight = [times[i] * times[j] for i, j in zip(a, b, strict=True)]
+        means.append(sum(w * r for w, r in zip(weight, right, strict=True)) / max(sum(weight), 1))
+    snippets = np.arange(5)
+    se = bootstrap_se(right, a, b, snippets=snippets, seed=0, repeats=20_000)
+    assert se == pytest.approx(np.std(means), rel=0.03)
+    where = np.array([3, 8, 11, 20, 21])  # as rows of a longer list, with others in between
+    same = bootstrap_se(right, where[a], where[b], snippets=where, seed=0, repeats=20_000)
+    assert same == se
+
+
+def test_bootstrap_of_pairs_that_share_nothing():
+    """Its square is 3 p (1 - p) / n: with products of Poisson(1) weights Var(w_a w_b) = 2^2 - 1.
+
+    So it errs on the safe side by sqrt(3) where snippets are not shared (and by ever less where
+    they are). 400 repeats leave 3.5 % of noise: a fifth is more than 5 standard deviations.
+    """
+    n = 3000
+    right = np.arange(n) % 10 < 7  # p = .7
+    pairs = np.arange(2 * n).reshape(n, 2)
+    se = bootstrap_se(right, pairs[:, 0], pairs[:, 1], snippets=np.arange(2 * n), seed=1,
+                      repeats=400)
+    assert se / (3 * 0.7 * 0.3 / n) ** 0.5 == pytest.approx(1, abs=0.2)
+
+
+def test_bootstrap_of_pairs_that_share_snippets():
+    """Against the spread of the accuracy over fresh snippets, which ignores nothing.
+
+    Each snippet has its own luck, and is in 40 pairs: counting pairs as independent says a
+    quarter of the truth. 300 fresh sets leave 4 % of noise on the truth, and the mean of 20
+    bootstraps 4 % or so: a quarter is more than 4 standard deviations.
+    """
+    rng, n = np.random.default_rng(2), 60
+    accuracy, se = [], []
+    for k in range(300):
+        luck = rng.choice([0.0, 0.45], n)
+        a = rng.integers(n, size=20 * n)
+        b = (a + rng.integers(1, n, size=20 * n)) % n
+        right = rng.random(20 * n) < 0.05 + luck[a] + luck[b]
+        accuracy.append(right.mean())
+        if k < 20:
+            se.append(bootstrap_se(right, a, b, snippets=np.arange(n), seed=k))
+    assert np.mean(se) / np.std(accuracy) == pytest.approx(1, abs=0.25)
+    assert np.mean(se) > 2.5 * (0.25 / (20 * n)) ** 0.5
+
+
+def noiseless(n=24):
+    """Raters of two domains who all agree, and the ratings that they give."""
+    level = np.random.default_rng(0).permutation(n) / 4 - 3
+    return make_judgements([[x] * (3 + i % 3) for i, x in enumerate(level)],
+                           [i % 2 for i in range(n)]), level
+
+
+def test_report_of_a_perfect_and_of_an_anti_perfect_scorer():
+    j, level = noiseless()
+    good, bad = (pair_report(s * level, j, n_pairs=1000, seed=0) for s in (50.0, -50.0))
+    assert good["pair_accuracy"] == 1 and bad["pair_accuracy"] == 0
+    assert good["pair_accuracy_se"] == bad["pair_accuracy_se"] == 0
+    assert good["nats_per_pair"] < 1e-4 and bad["nats_per_pair"] > 10
+    assert good["calibration_error"] < 1e-3 and bad["calibration_error"] > 0.99
+    for name in ("film", "news"):
+        assert good["pearson_r"][name] == pytest.approx(1) == -bad["pearson_r"][name]
+        assert good["human_r"][name] == pytest.approx(1)  # any rater of each, against the others
+        part = good["domains"][name]
+        assert (part["n_pairs"], part["n_snippets"], part["human_ceiling"]) == (500, 12, 1)
+    timid = pair_report(1e-30 * level, j, n_pairs=1000, seed=0)
+    assert timid["pair_accuracy"] == 1 and timid["nats_per_pair"] == pytest.approx(math.log(2))
+
+
+def test_report_equals_loops_over_human_pairs():
+    rng = np.random.default_rng(3)
+    n = 30
+    latent = rng.standard_normal(n)
+    j = make_judgements([np.rint(2 * x + 1.5 * rng.standard_normal(5 + i % 4)).clip(-4, 4)
+                         for i, x in enumerate(latent)], [i % 2 for i in range(n)])
+    score = np.round(latent + 0.5 * rng.standard_normal(n), 1)  # rounded: some ties
+    pairs = human_pairs(j, n_pairs=3000, seed=4)
+    report = pair_report(score, j, n_pairs=3000, seed=4)
+    right, nats, by_domain = [], [], {"film": [], "news": []}  # (right, human's, a, b) each
+    for a, b, win, human, d in zip(*(pairs[k] for k in ("a", "b", "a_wins", "human", "domain")),
+                                   strict=True):
+        m = (score[a] - score[b]) * (1 if win else -1)
+        right.append(1.0 if m > 0 else 0.5 if m == 0 else 0.0)
+        nats.append(math.log1p(math.exp(-m)))
+        by_domain[j.domain_names[d]].append((right[-1], human, a, b))
+    assert 0.5 in right
+    assert report["pair_accuracy"] == pytest.approx(np.mean(right))
+    assert report["nats_per_pair"] == pytest.approx(np.mean(nats))
+    assert report["human_ceiling"] == pytest.approx(pairs["human"].mean())
+    for name, rows in by_domain.items():
+        part = report["domains"][name]
+        ok, human, a, b = np.array(rows).T
+        assert part["pair_accuracy"] == pytest.approx(ok.mean()) and part["n_pairs"] == len(rows)
+        assert part["human_ceiling"] == pytest.approx(human.mean())
+        mine = j.domains == j.domain_names.index(name)
+        se = bootstrap_se(ok, a.astype(int), b.astype(int), snippets=np.flatnonzero(mine), seed=4)
+        assert part["pair_accuracy_se"] == pytest.approx(se)  # over the domain's own snippets
+        mean = [r[:k].mean() for r, k in zip(j.ratings[mine], j.n_ratings[mine], strict=True)]
+        assert report["pearson_r"][name] == pytest.approx(np.corrcoef(mean, score[mine])[0, 1])
+        assert 0 < part["human_r"] < 1 and 0.005 < part["pair_accuracy_se"] < 0.1
+    se = [part["pair_accuracy_se"] for part in report["domains"].values()]
+    assert report["pair_accuracy_se"] == pytest.approx(math.hypot(*se) / 2)
+    error = sum(b["n"] * abs(b["predicted"] - b["observed"]) for b in report["calibration"]) / 3000
+    assert report["calibration_error"] == pytest.approx(error)
+    assert sum(b["n"] for b in report["calibration"]) == 3000
+
+
+def test_a_model_learns_what_raters_prefer():
+    """More `+` than `-` is better, say raters with noise of their own: fresh texts are ranked."""
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice(list("+-a "), rng.integers(4, 12))) for _ in range(120)]
+    good = np.array([t.count("+") - t.count("-") for t in texts])
+    ratings = [g + rng.integers(-1, 2, 5) for g in good]
+    train, test = (make_judgements(ratings[s], [0] * len(ratings[s]), texts=texts[s])
+                   for s in (slice(80), slice(80, 120)))
+    torch.manual_seed(0)
+    trunk = BERT(BERT.Config(vocab_size=BYTES.vocab_size, block_size=16, n_layer=1, n_head=2,
+                             n_embd=32), generator(0))
+    model = RewardModel.on(trunk, n_domain=1)
+    adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    before = pair_report(model.score_texts(BYTES, test.texts).numpy(), test, n_pairs=2000, seed=0)
+    for step in range(50):
+        rows, wins, valid = comparison_groups(train, step, n_groups=4, group_size=8, seed=0)
+        idx, mask = text_batch(BYTES, [train.texts[r] for r in rows.flatten()], block_size=16)
+        score = model(idx, mask, torch.zeros(len(idx), dtype=torch.int64)).view(rows.shape)
+        loss, _ = bradley_terry(score, wins, valid)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    after = pair_report(model.score_texts(BYTES, test.texts).numpy(), test, n_pairs=2000, seed=0)
+    assert before["pair_accuracy"] < 0.75 < 0.85 < after["pair_accuracy"] < 1
+    assert after["pair_accuracy"] > after["human_ceiling"] - 0.05
+    assert after["nats_per_pair"] < before["nats_per_pair"] - 0.2

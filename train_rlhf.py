@@ -1,0 +1,349 @@
+"""From human ratings to a policy: a reward model, then KL-penalised PPO against it.
+
+    python train_rlhf.py reward --data data/hutto --policy runs/gpt --init runs/bert --out runs/rm
+    python train_rlhf.py ppo    --data data/hutto --policy runs/gpt --reward runs/rm --out runs/ppo
+
+Your own reward: `--reward my_reward.py:function`, with `def function(ids, texts): return [...]`.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from nanokl import (
+    UserError,
+    checkpoint,
+    data,
+    judgements,
+    metrics,
+    optim,
+    ppo,
+    require_positive,
+    training,
+)
+from nanokl import runtime as rt
+from nanokl.evaluation import Stage, compare, prompt_docs
+from nanokl.generate import Rollout
+from nanokl.gpt import GPT
+from nanokl.reward import (
+    TRUNKS,
+    RewardModel,
+    bradley_terry,
+    load_reward,
+    pair_report,
+)
+from nanokl.tokenizer import Tokenizer
+
+
+@dataclass(kw_only=True)
+class Flags:
+    """Flags that all stages share."""
+
+    data: Path  # a prepared folder, such as data/hutto
+    out: Path  # the run's folder; must not hold another run
+    resume: bool = False  # go on with the run in --out
+    steps: int  # gradient steps (reward) or batches of rollouts (ppo)
+    lr: float  # AdamW's peak learning rate (embeddings, norms, biases, heads)
+    muon_lr: float  # Muon's peak learning rate (the blocks' matrices)
+    weight_decay: float = 0.1  # decoupled, on matrices
+    seed: int = 0  # of everything random
+    device: str = "auto"  # auto, cpu, cuda or mps
+    dtype: str = "auto"  # auto, float32 or bfloat16
+
+    def __post_init__(self):
+        require_positive(self, "lr", "muon_lr", "steps")
+
+
+@dataclass(kw_only=True)
+class RewardFlags(Flags, ppo.SamplingConfig):
+    """A scalar head on a pretrained trunk, by Bradley-Terry on single raters' comparisons."""
+
+    init: Path  # the trunk: a BERT run, or a GPT run
+    policy: Path  # the reference policy whose samples get mean 0 and sd 1
+    steps: int = 600  # gradient steps
+    n_groups: int = 4  # groups a step, over all processes, each of one domain
+    group_size: int = 32  # snippets a group; all their pairs are compared
+    lr: float = 2e-3
+    muon_lr: float = 3e-3
+    weight_decay: float = 0.3
+    dropout: float = 0.1  # in the trunk and before the head
+    word_dropout: float = 0.1  # share of tokens hidden by [MASK]
+    warmup: int = 20  # steps of linear warm-up
+    decay: float = 0.8  # last part of the run in which the rate falls linearly to 0
+    eval_every: int = 50  # steps between passes over the validation pairs
+    patience: int = 6  # passes without a better accuracy before stopping
+    n_samples: int = 2048  # reference samples to normalise on
+
+    def __post_init__(self):
+        Flags.__post_init__(self)
+        ppo.SamplingConfig.__post_init__(self)
+        require_positive(self, "eval_every", "patience", "n_samples")
+        if not 0 <= self.word_dropout < 1:
+            raise UserError(f"word_dropout is {self.word_dropout}: give 0 <= word_dropout < 1")
+
+
+@dataclass(kw_only=True)
+class PPOFlags(Flags, ppo.PPOConfig):
+    """KL-penalised PPO from a pretrained GPT."""
+
+    policy: Path  # the GPT run to start from; it stays the reference
+    reward: str  # a reward run, or FILE.py:FUNCTION
+    steps: int = 40  # batches of rollouts
+    batch: int = 256  # episodes a batch, over all processes
+    lr: float = 2e-4
+    muon_lr: float = 2e-4
+    weight_decay: float = 0.0
+    beta: float = 0.1  # price of one nat of KL, in units of the reward
+    kl_target: float | None = None  # nats per sequence: adapts beta (Ziegler et al.)
+    save_every: int = 20  # batches between checkpoints
+    n_eval: int = 1024  # fresh samples for the final numbers
+
+    def __post_init__(self):
+        Flags.__post_init__(self)
+        ppo.PPOConfig.__post_init__(self)
+        require_positive(self, "batch", "kl_target", "save_every", "n_eval")
+        if not 0 <= self.beta < math.inf:
+            raise UserError(f"beta is {self.beta}: give 0 or more")
+
+
+def pretrained(path: Path, tokenizer: Tokenizer) -> Path:
+    """The checkpoint of a run, checked against the data's tokenizer."""
+    folder = checkpoint.resolve(path)
+    if Tokenizer.load(folder).hash != tokenizer.hash:
+        raise UserError(f"{path} was trained with another tokenizer than --data's: pretrain on it")
+    return folder
+
+
+def load_gpt(flags: ppo.SamplingConfig, tokenizer: Tokenizer, runtime: rt.Runtime) -> GPT:
+    """The reference policy, whose context must hold the longest prompt and response."""
+    ref = GPT.from_pretrained(pretrained(flags.policy, tokenizer), dropout=0.0)
+    if 1 + flags.max_prompt + flags.max_new_tokens > ref.config.block_size:
+        raise UserError(f"--max_prompt {flags.max_prompt} and --max_new_tokens "
+                        f"{flags.max_new_tokens}, and 1 to start, do not fit the policy's context "
+                        f"of {ref.config.block_size}: lower one of them")
+    return ref.to(runtime.device).eval()
+
+
+def load_trunk(flags: RewardFlags, tokenizer: Tokenizer) -> torch.nn.Module:
+    """The pretrained model of --init."""
+    folder = pretrained(flags.init, tokenizer)
+    kind = checkpoint.read_config(folder)["model"]
+    if kind not in TRUNKS:
+        raise UserError(f"--init {flags.init} holds a {kind}: give a run of {' or '.join(TRUNKS)}")
+    return checkpoint.load(folder, TRUNKS[kind], dropout=flags.dropout)
+
+
+# ------------------------------------------------------------------------------- reward model
+
+
+def reference_rollout(flags: RewardFlags, tokenizer, runtime) -> Rollout:
+    """n_samples fresh texts of the reference policy, on training prompts."""
+    ref = load_gpt(flags, tokenizer, runtime)
+    docs = prompt_docs(flags.data, "train", flags.domains, tokenizer)
+    rng = rt.generator(flags.seed, "normalise")
+    stop = tokenizer.special("<|endoftext|>")
+    prompts = ppo.draw_prompts(docs, flags.n_samples, flags, start=stop, rng=rng)
+    return ppo.sample_rollouts(ref, prompts, flags, runtime, stop=stop, rng=rng)
+
+
+def reference_scores(model: RewardModel, rollout: Rollout, tokenizer, runtime) -> torch.Tensor:
+    """Scores (n_samples,) of the reference's texts."""
+    with runtime.autocast():
+        return ppo.score_rollouts(lambda _, texts: model.score_texts(tokenizer, texts), rollout,
+                                  tokenizer, runtime)
+
+
+def comparison_loss(model, core, flags: RewardFlags, tokenizer, j, step: int,
+                    runtime: rt.Runtime) -> torch.Tensor:
+    """Bradley-Terry on this process's groups: one forward pass a snippet, all pairs compared."""
+    rows, wins, valid = judgements.comparison_groups(
+        j, step, n_groups=flags.n_groups, group_size=flags.group_size, seed=flags.seed)
+    share = valid.sum() / runtime.world  # the mean is over the pairs of all processes
+    domain = torch.from_numpy(j.domains)[rows]  # (G, K)
+    rng = rt.generator(flags.seed, "words", step)
+    if "lexicon" in j.domain_names:  # a word is read as if it stood in a snippet of any domain
+        words = j.domain_names.index("lexicon")
+        other = torch.randint(words, rows.shape, generator=rng)
+        domain = torch.where(domain == words, other, domain)
+    hide = torch.rand(*rows.shape, core.trunk.config.block_size, generator=rng) < flags.word_dropout
+    rows, wins, valid, domain, hide = map(runtime.shard, (rows, wins, valid, domain, hide))
+    idx, mask = data.text_batch(tokenizer, [j.texts[r] for r in rows.flatten()],
+                                block_size=core.trunk.config.block_size)
+    idx[hide.flatten(0, 1)[:, : idx.shape[1]]] = tokenizer.special("[MASK]")
+    with runtime.autocast():
+        score = model(*(x.to(runtime.device) for x in (idx, mask, domain.flatten())))
+    score = score.view(rows.shape)
+    loss, info = bradley_terry(score, wins.to(runtime.device), valid.to(runtime.device))
+    return loss * info["n_pairs"] / share
+
+
+def test_pairs(model: RewardModel, tokenizer, j, runtime, *, n_pairs: int) -> dict:
+    """Agreement with raters on held-out snippets, on Bradley-Terry's own scale."""
+    with runtime.autocast():
+        score = model.score_texts(tokenizer, j.texts, j.domains)
+    score = (score - model.bias.cpu()) / model.gain.cpu()
+    return pair_report(score.double().numpy(), j, n_pairs=n_pairs, seed=0)
+
+
+def finish_reward(flags: RewardFlags, tokenizer, test, yardstick: Rollout, runtime) -> dict:
+    """Normalises the best model, and holds it against raters and figures measured elsewhere."""
+    model = checkpoint.load(flags.out / "best", RewardModel).to(runtime.device)
+    model.gain.fill_(1), model.bias.zero_()  # resumed here, it may have been normalised before
+    model.normalise(reference_scores(model, yardstick, tokenizer, runtime))
+    if runtime.is_main:
+        checkpoint.save(flags.out / "best", model, tokenizer=tokenizer)
+    report = test_pairs(model, tokenizer, test, runtime, n_pairs=80_000)
+    given = json.loads((flags.data / "meta.json").read_bytes()).get("given", {})
+    return {**report, "given": given}
+
+
+def train_reward(flags: RewardFlags) -> None:
+    """The whole run: comparisons, early stop on validation, normalisation, test numbers."""
+    # 1. Trunk and head, judgements, optimisers; on --resume their state.
+    runtime = rt.setup(flags.device, flags.dtype)
+    tokenizer = Tokenizer.load(flags.data)
+    trunk = load_trunk(flags, tokenizer)
+    torch.manual_seed(flags.seed)  # the head
+    train, val, test = (judgements.Judgements.load(flags.data, s) for s in ("train", "val", "test"))
+    yardstick = reference_rollout(flags, tokenizer, runtime)  # now: a wrong flag shows at once
+    core = RewardModel.on(trunk, n_domain=len(train.domain_names), dropout=flags.dropout)
+    core.to(runtime.device)
+    optimizers = optim.make_optimizers(core, lr=flags.lr, muon_lr=flags.muon_lr, betas=(0.9, 0.98),
+                                       weight_decay=flags.weight_decay, dtype=runtime.dtype)
+    average = AveragedModel(core, multi_avg_fn=get_ema_multi_avg_fn(0.98))  # steadier than core
+    start, best, last = 0, {"step": 0, "val_pair_accuracy": 0.0}, False
+    if training.open_run(flags, runtime):
+        state = training.load_last(flags.out, core, optimizers)
+        start, best, last = state["step"], state["best"], state["last"]
+        average.load_state_dict(state["average"])
+    model = runtime.wrap(core)
+    log = metrics.Log(flags.out, total=flags.steps, unit="step", is_main=runtime.is_main,
+                      resume_step=start)
+    # 2. Gradient steps; now and then the validation pairs. The best and the last model are kept.
+    with training.nothing_half_written(flags.out, runtime), log, rt.Interrupt() as interrupt:
+        for step in range(start + 1, (start if last else flags.steps) + 1):
+            core.train()
+            training.seed_step(flags.seed, step, runtime)
+            optim.set_lr(optimizers, optim.lr_scale(step - 1, flags.steps, warmup=flags.warmup,
+                                                    decay=flags.decay))
+            loss = comparison_loss(model, core, flags, tokenizer, train, step - 1, runtime)
+            training.gradient_step(loss, core.parameters(), optimizers, max_grad_norm=1.0,
+                                   step=step, out=flags.out)
+            average.update_parameters(core)
+            log.step(step, loss_nats_per_pair=runtime.mean(loss.detach()).item())
+            stop, last = runtime.any(interrupt.set), step == flags.steps
+            if step % flags.eval_every == 0 or last:
+                report = test_pairs(average.module, tokenizer, val, runtime, n_pairs=20_000)
+                log.event(step, val_nats_per_pair=report["nats_per_pair"],
+                          val_pair_accuracy=report["pair_accuracy"])
+                training.check_finite(math.isfinite(report["nats_per_pair"]), step, flags.out)
+                if report["pair_accuracy"] > best["val_pair_accuracy"]:
+                    best = {"step": step, "val_pair_accuracy": report["pair_accuracy"]}
+                    if runtime.is_main:
+                        checkpoint.save(flags.out / "best", average.module, tokenizer=tokenizer)
+                last = last or step - best["step"] >= flags.patience * flags.eval_every
+            if runtime.is_main and (stop or last or step % flags.eval_every == 0):
+                training.save_last(flags.out, core, optimizers, tokenizer=tokenizer, step=step,
+                                   best=best, last=last, average=average.state_dict())
+            start = step
+            if last:
+                break
+            if stop:
+                training.leave(interrupt, log, step, flags.out)
+        # 3. The best model, normalised on samples of the reference, on the test snippets.
+        runtime.barrier()
+        report = finish_reward(flags, tokenizer, test, yardstick, runtime)
+        log.close({"best_step": best["step"], "steps": start, "seed": flags.seed, **report})
+
+
+# ---------------------------------------------------------------------------------------- PPO
+
+
+def ppo_batch(stage: Stage, model, policy: GPT, optimizers, docs, step: int, beta: float) -> dict:
+    """Rollouts, and the epochs of updates on them; the metrics describe the policy before."""
+    # 1. Sample and score. 2. Measure under policy and reference, in the first epoch's minibatches.
+    flags, rng = stage.config, rt.generator(stage.seed, "ppo", step)
+    rollout, score = stage.rollouts(policy, stage.prompts(docs, flags.batch, rng), rng)
+    minibatches = stage.minibatches(flags.batch, rng)
+    x = ppo.collect(policy, stage.ref, rollout, score, minibatches, flags, stage.runtime, beta=beta)
+    # 3. A few epochs of clipped updates.
+    infos = []
+    for epoch in range(flags.n_epoch):
+        for rows in minibatches if epoch == 0 else stage.minibatches(flags.batch, rng):
+            loss, info = ppo.minibatch_loss(model, policy, x, rows, flags, stage.runtime)
+            norm = training.gradient_step(loss, policy.parameters(), optimizers, step=step,
+                                          max_grad_norm=flags.max_grad_norm, out=flags.out)
+            infos.append({**info, "grad_norm": norm})
+    kl = x.kl.sum(1).mean().item()
+    means = {key: torch.stack([i[key] for i in infos]).mean().item() for key in infos[0]}
+    return {
+        "reward_mean": score.mean().item(), "kl_nats_per_sequence": kl,
+        "kl_k1_nats_per_sequence": (x.logp - x.logp_ref).sum(1).mean().item(),
+        "objective": score.mean().item() - beta * kl, "beta": beta,
+        "entropy_nats_per_token": (x.entropy.sum() / rollout.mask.sum()).item(),
+        "response_tokens_mean": rollout.mask.sum(1).float().mean().item(),
+        "distinct_2": ppo.distinct_n(rollout.responses()), **means,
+        "first_ratio_max_deviation": infos[0]["ratio_max_deviation"].item(),
+    }
+
+
+def train_ppo(flags: PPOFlags) -> None:
+    """The whole run: rollouts, updates, the final numbers on fresh samples."""
+    # 1. Reference, policy, reward, prompts; on --resume their state.
+    runtime = rt.setup(flags.device, flags.dtype)
+    tokenizer = Tokenizer.load(flags.data)
+    ref = load_gpt(flags, tokenizer, runtime).requires_grad_(False)
+    stage = Stage(flags, runtime, tokenizer, ref, load_reward(flags.reward, runtime), flags.seed)
+    docs, held_out = (prompt_docs(flags.data, split, flags.domains, tokenizer)
+                      for split in ("train", "val"))
+    policy = ppo.make_policy(ref)
+    optimizers = optim.make_optimizers(policy, lr=flags.lr, muon_lr=flags.muon_lr,
+                                       betas=(0.9, 0.95), dtype=runtime.dtype,
+                                       weight_decay=flags.weight_decay)
+    controller = ppo.BetaController(flags.beta, flags.kl_target)
+    start, first = 0, {}
+    if training.open_run(flags, runtime):
+        state = training.load_last(flags.out, policy, optimizers)
+        start, controller.beta, first = state["step"], state["beta"], state["first"]
+    model = runtime.wrap(policy)
+    log = metrics.Log(flags.out, total=flags.steps, unit="batch", is_main=runtime.is_main,
+                      resume_step=start)
+    # 2. Batches of rollouts, a few epochs of updates on each.
+    with training.nothing_half_written(flags.out, runtime), log, rt.Interrupt() as interrupt:
+        for step in range(start + 1, flags.steps + 1):
+            optim.set_lr(optimizers, optim.lr_scale(step - 1, flags.steps, warmup=2, decay=0.5,
+                                                    final=0.1))
+            row = ppo_batch(stage, model, policy, optimizers, docs, step, controller.beta)
+            ratio = row.pop("first_ratio_max_deviation")
+            if step == 1:
+                first = {"first_ratio_max_deviation": ratio,
+                         "kl_at_step_0": row["kl_nats_per_sequence"]}
+            log.step(step, episodes=step * flags.batch, **row)
+            controller.update(row["kl_nats_per_sequence"], flags.batch)
+            stop = runtime.any(interrupt.set)
+            if runtime.is_main and (stop or step % flags.save_every == 0 or step == flags.steps):
+                training.save_last(flags.out, policy, optimizers, tokenizer=tokenizer, step=step,
+                                   beta=controller.beta, first=first)
+            if stop and step < flags.steps:
+                training.leave(interrupt, log, step, flags.out)
+        # 3. Fresh samples of reference and policy, on held-out prompts.
+        numbers, samples = compare(stage, policy, held_out, n=flags.n_eval, beta=flags.beta)
+        if runtime.is_main:
+            rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
+            metrics.write_text(flags.out / "samples.jsonl", rows)
+        log.close({"episodes": flags.steps * flags.batch, "steps": flags.steps, "seed": flags.seed,
+                   **numbers, **first})
+
+
+def main() -> None:
+    flags = rt.parse_flags({"reward": RewardFlags, "ppo": PPOFlags}, prog="train_rlhf.py",
+                           description=__doc__)
+    train_reward(flags) if isinstance(flags, RewardFlags) else train_ppo(flags)
+
+
+if __name__ == "__main__":
+    rt.run_program(main)
