@@ -1,5 +1,5 @@
 # PY=python3 make test         use an interpreter that has the packages; else .venv is made here
-# make bert BERT="--steps 9000" other flags for a stage: GPT, BERT, REWARD, PPO
+# make bert BERT="--steps 9000" other flags for a stage: GPT, BERT, REWARD, PPO (in a new RUN)
 # make reward RUN=runs/mine    another folder for the outcome
 
 ifndef PY
@@ -13,16 +13,16 @@ RUN ?= runs/main
 
 # What each stage is given, by budget: demo (10 minutes in all), main, tiny (does it run at all).
 GPT_demo := --steps 800 --batch_size 48 --eval_every 200 --dropout 0.1
-GPT_main := --steps 1500 --batch_size 48 --dropout 0.2
+GPT_main := $(GPT_demo)
 GPT_tiny := --steps 20 --eval_every 10 --n_layer 2
 BERT_demo := --steps 800 --eval_every 400
-BERT_main := --steps 3000 --dropout 0.1
+BERT_main := --steps 2000 --dropout 0.1
 BERT_tiny := --steps 20 --eval_every 10 --n_layer 2
 REWARD_demo := --steps 600
-REWARD_main := --steps 2000 --eval_every 100 --dropout 0.2 --word_dropout 0.2
+REWARD_main := --steps 1200 --eval_every 100 --dropout 0.2 --word_dropout 0.2
 REWARD_tiny := --steps 20 --eval_every 10 --n_samples 128
 PPO_demo := --steps 40
-PPO_main := --steps 80
+PPO_main := $(PPO_demo)
 PPO_tiny := --steps 2 --batch 32 --minibatch 16 --n_eval 64
 GPT ?= $(GPT_$(BUDGET))
 BERT ?= $(BERT_$(BUDGET))
@@ -58,7 +58,7 @@ demo: $(VENV) ## the whole story, from data to report, in runs/demo (replaced)
 	rm -rf runs/demo && mkdir -p runs/demo && date +%s > runs/demo/started
 	$(MAKE) --no-print-directory report RUN=runs/demo BUDGET=$(BUDGET:main=demo)
 
-data: $(DATA)/meta.json ## human ratings of 23,702 snippets, fetched and tokenised
+data: $(DATA)/meta.json ## human ratings of 23,703 snippets, fetched and tokenised
 $(DATA)/meta.json: data/hutto/prepare.py | $(VENV)
 	$(PY) data/hutto/prepare.py
 
@@ -83,6 +83,7 @@ report: $(RUN)/ppo/summary.json ## summary.json, report.html and figures of a ru
 
 results: $(VENV) ## the README's table: demo and 4 more PPO seeds, then the main run
 	$(MAKE) demo
+	rm -rf runs/seeds
 	for seed in 1 2 3 4; do $(PY) train_rlhf.py ppo --data $(DATA) --policy runs/demo/gpt --reward runs/demo/reward --out runs/seeds/$$seed $(PPO_demo) --seed $$seed || exit; done
 	$(MAKE) report
 

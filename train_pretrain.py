@@ -98,7 +98,8 @@ class GPTTask:
                             seed=f.seed)
         idx = self.runtime.shard(idx).to(self.runtime.device)
         h = model(idx[:, :-1])
-        return -linear_logprob(h, core.head.weight, idx[:, 1:]).logp.mean()
+        logp = linear_logprob(h, core.head.weight, idx[:, 1:]).logp
+        return -logp.sum() * self.runtime.world / (f.batch_size * f.block_size)
 
     def evaluate(self, core) -> dict:
         """Every token of the validation slice once: nats per token, bits per byte."""
@@ -180,7 +181,7 @@ def pretrain(flags: Pretrain) -> None:
     core, optimizers = build(flags, task, tokenizer, runtime)
     start, best = 0, {"step": 0, task.best_metric: math.inf}
     if training.open_run(flags, runtime):
-        state = training.load_last(flags.out, core, optimizers)
+        state = training.load_last(flags.out, core, optimizers, tokenizer=tokenizer)
         start, best = state["step"], state["best"]
     model = runtime.wrap(core)
     log = metrics.Log(flags.out, total=flags.steps, unit="step", is_main=runtime.is_main,
@@ -211,6 +212,7 @@ def pretrain(flags: Pretrain) -> None:
                 training.save_last(flags.out, core, optimizers, tokenizer=tokenizer, step=step,
                                    best=best)
             if stop and step < flags.steps:
+                runtime.barrier()  # the main process has saved
                 training.leave(interrupt, log, step, flags.out)
         # 3. The numbers of the best checkpoint.
         numbers = {key.removeprefix("val_"): x for key, x in best.items() if key != "step"}

@@ -137,9 +137,6 @@ def load_trunk(flags: RewardFlags, tokenizer: Tokenizer) -> torch.nn.Module:
     return checkpoint.load(folder, TRUNKS[kind], dropout=flags.dropout)
 
 
-# ------------------------------------------------------------------------------- reward model
-
-
 def reference_rollout(flags: RewardFlags, tokenizer, runtime) -> Rollout:
     """n_samples fresh texts of the reference policy, on training prompts."""
     ref = load_gpt(flags, tokenizer, runtime)
@@ -217,7 +214,7 @@ def train_reward(flags: RewardFlags) -> None:
     average = AveragedModel(core, multi_avg_fn=get_ema_multi_avg_fn(0.98))  # steadier than core
     start, best, last = 0, {"step": 0, "val_pair_accuracy": 0.0}, False
     if training.open_run(flags, runtime):
-        state = training.load_last(flags.out, core, optimizers)
+        state = training.load_last(flags.out, core, optimizers, tokenizer=tokenizer)
         start, best, last = state["step"], state["best"], state["last"]
         average.load_state_dict(state["average"])
     model = runtime.wrap(core)
@@ -253,6 +250,7 @@ def train_reward(flags: RewardFlags) -> None:
             if last:
                 break
             if stop:
+                runtime.barrier()  # the main process has saved
                 training.leave(interrupt, log, step, flags.out)
         # 3. The best model, normalised on samples of the reference, on the test snippets.
         runtime.barrier()
@@ -279,7 +277,8 @@ def ppo_batch(stage: Stage, model, policy: GPT, optimizers, docs, step: int, bet
                                           max_grad_norm=flags.max_grad_norm, out=flags.out)
             infos.append({**info, "grad_norm": norm})
     kl = x.kl.sum(1).mean().item()
-    means = {key: torch.stack([i[key] for i in infos]).mean().item() for key in infos[0]}
+    means = {key: stage.runtime.mean(torch.stack([i[key] for i in infos]).mean()).item()
+             for key in infos[0]}
     return {
         "reward_mean": score.mean().item(), "kl_nats_per_sequence": kl,
         "kl_k1_nats_per_sequence": (x.logp - x.logp_ref).sum(1).mean().item(),
@@ -307,7 +306,7 @@ def train_ppo(flags: PPOFlags) -> None:
     controller = ppo.BetaController(flags.beta, flags.kl_target)
     start, first = 0, {}
     if training.open_run(flags, runtime):
-        state = training.load_last(flags.out, policy, optimizers)
+        state = training.load_last(flags.out, policy, optimizers, tokenizer=tokenizer)
         start, controller.beta, first = state["step"], state["beta"], state["first"]
     model = runtime.wrap(policy)
     log = metrics.Log(flags.out, total=flags.steps, unit="batch", is_main=runtime.is_main,
@@ -329,9 +328,11 @@ def train_ppo(flags: PPOFlags) -> None:
                 training.save_last(flags.out, policy, optimizers, tokenizer=tokenizer, step=step,
                                    beta=controller.beta, first=first)
             if stop and step < flags.steps:
+                runtime.barrier()  # the main process has saved
                 training.leave(interrupt, log, step, flags.out)
         # 3. Fresh samples of reference and policy, on held-out prompts.
-        numbers, samples = compare(stage, policy, held_out, n=flags.n_eval, beta=flags.beta)
+        numbers, samples = compare(stage, policy, held_out, n=flags.n_eval,
+                                   beta=controller.beta)
         if runtime.is_main:
             rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
             metrics.write_text(flags.out / "samples.jsonl", rows)

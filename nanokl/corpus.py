@@ -114,7 +114,8 @@ def _write_corpus(folder: Path, corpus: Corpus, settings: dict) -> dict:
     if empty := [name for name, docs in splits.items() if not docs]:
         raise UserError(f"no text for the {empty[0]} split: the corpus is too small, give more")
     pattern = {"bpe": PATTERN, "char": CHAR_PATTERN}[settings["level"]]
-    tokenizer = train_bpe(splits["train"], settings["vocab_size"], pattern=pattern)
+    tokenizer = train_bpe(splits["train"], settings["vocab_size"], pattern=pattern,
+                          lowercase=settings.get("lowercase", False))
     tokenizer.save(folder)
     counts = {}
     for name, docs in splits.items():

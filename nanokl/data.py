@@ -159,8 +159,7 @@ def _check_sizes(batch_size: int, block_size: int, least: int = 1) -> None:
 def lm_batch(shard: Shard, step: int, *, batch_size: int, block_size: int, seed: int) -> Tensor:
     """Training rows for a causal LM: idx (B, block_size + 1) int64.
 
-    Rows start at a document's start (long documents: elsewhere too) and run on into the documents
-    that follow it in the file.
+    Rows start at a document's start (long ones: elsewhere too) and run on into those behind it.
     """
     _check_sizes(batch_size, block_size)
     rows = np.arange(step * batch_size, (step + 1) * batch_size)

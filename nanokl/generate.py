@@ -68,6 +68,7 @@ def sample(logits: Tensor, u: Tensor, *, temperature: float = 1.0, top_k: int | 
     logp = F.log_softmax(truncate(logits / temperature, top_k, top_p), dim=-1)
     cdf = logp.double().exp().cumsum(-1)  # float64: V rounding errors must not add up
     token = torch.searchsorted(cdf, u[:, None].double() * cdf[:, -1:], right=True)
+    token = token.clamp(max=logits.shape[-1] - 1)  # NaN logits: the loss will say so
     return token[:, 0], logp.gather(1, token)[:, 0]
 
 

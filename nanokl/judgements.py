@@ -69,9 +69,8 @@ def comparison_groups(j: Judgements, step: int, *, n_groups: int, group_size: in
     """Training comparisons: rows (G, K) int64, wins (G, K, K) float32, valid (G, K, K) bool.
 
     A group is K different snippets of one domain, which is drawn with odds of the square root of
-    its size: a middle way between equal snippets and equal domains. Each pair a < b compares one
-    fresh rating of a with one of b: wins[a, b] is 1 where a is rated higher, valid is False for
-    ties and elsewhere.
+    its size, between equal snippets and equal domains. Each pair a < b compares one fresh rating
+    of a with one of b: wins[a, b] is 1 where a is higher, valid is False for ties and elsewhere.
     """
     counts = torch.from_numpy(np.bincount(j.domains))
     smallest = int(counts[counts > 0].min())

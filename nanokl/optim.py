@@ -107,7 +107,6 @@ def make_optimizers(model: nn.Module, *, lr: float, muon_lr: float, weight_decay
     if adamw:
         fused = all(p.device.type in ("cpu", "cuda") for group in adamw for p in group["params"])
         optimizers.append(torch.optim.AdamW(adamw, lr=lr, betas=betas, fused=fused))
-    _assert_partition(model, optimizers)
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["initial_lr"] = group["lr"]
     return optimizers
@@ -119,13 +118,6 @@ def _kind(name: str, p: nn.Parameter) -> str:
     if p.ndim == 2 and "blocks." in name:
         return "qkv" if name.endswith("qkv.weight") else "block"
     return "matrix"
-
-
-def _assert_partition(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
-    held = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
-    wrong = [name for name, p in model.named_parameters()
-             if held.count(id(p)) != int(p.requires_grad)]
-    assert not wrong, f"parameters that are not in exactly one group: {wrong}"
 
 
 # scale(step) = min(up, final + (1 - final) down), up = (step + 1) / warmup,

@@ -67,8 +67,8 @@ class Experience:
 
 # reward_t = -beta k1_t + [t last] score,  k1_t = logp_t - logp_ref_t.
 # Summed over the response its mean is E[score] - beta KL(policy || ref), and as a reward its
-# policy gradient is exact; the other estimators and places are biased (theory: k1 in the loss
-# has gradient 0, k3 in the reward points the wrong way).
+# policy gradient is exact. Other places are not as good: k1 in the loss has gradient 0, k3 in the
+# reward points the wrong way, and per-token losses do not see what a token costs later.
 def kl_penalised_reward(logp: Tensor, logp_ref: Tensor, score: Tensor, mask: Tensor, *,
                         beta: float) -> Tensor:
     """(B, T-1) rewards: the price of each token, and the score on the last real token."""

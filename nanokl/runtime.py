@@ -100,8 +100,8 @@ class Runtime:
 def setup(device: str = "auto", dtype: str = "auto") -> Runtime:
     """Picks device and dtype and joins torchrun's process group; call it once, before any work.
 
-    auto is cuda, else mps, else cpu; bfloat16 on CUDA from Ampere and on CPUs with AMX, else
-    float32. Raises UserError for a device that is not there or a name that means nothing.
+    auto is cuda, else cpu (mps lacks float64); bfloat16 on CUDA from Ampere and on CPUs with AMX,
+    else float32. UserError for a device that is not there or a name that means nothing.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     where = _device(device, local_rank=int(os.environ.get("LOCAL_RANK", 0)), world=world)
@@ -121,7 +121,7 @@ def _device(name: str, *, local_rank: int, world: int) -> torch.device:
     count, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     there = {"cuda": count > 0, "mps": mps and world == 1, "cpu": True}  # gloo carries no mps
     if name == "auto":
-        name = next(kind for kind in there if there[kind])
+        name = "cuda" if there["cuda"] else "cpu"
     if name not in there:
         raise UserError(f"device is {name!r}: choose auto, cpu, cuda or mps")
     if not there[name] or (name == "cuda" and local_rank >= count):

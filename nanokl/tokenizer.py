@@ -46,7 +46,7 @@ class Tokenizer:
     """
 
     def __init__(self, tokens: Sequence[bytes], *, specials: Sequence[str] = SPECIALS,
-                 pattern: str = PATTERN):
+                 pattern: str = PATTERN, lowercase: bool = False):
         ranks = {token: i for i, token in enumerate(tokens)}
         # tiktoken accepts the first two mistakes, then panics (no Exception) or gives wrong ids.
         if missing := [b for b in range(256) if bytes([b]) not in ranks]:
@@ -56,6 +56,7 @@ class Tokenizer:
         if len(set(specials)) < len(specials) or "" in specials:
             raise UserError(f"specials must differ and none be empty, got {list(specials)}")
         self.tokens, self.specials, self.pattern = tuple(tokens), tuple(specials), pattern
+        self.lowercase = lowercase  # as the text was that it learnt from
         self.vocab_size = len(tokens) + len(specials)
         self._special_ids = {name: len(tokens) + i for i, name in enumerate(specials)}
         try:
@@ -67,7 +68,7 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a text, no special among them; UserError for half a surrogate pair."""
         _utf8(text)  # tiktoken would turn half a surrogate pair into U+FFFD and say nothing
-        return self.encoding.encode_ordinary(text)
+        return self.encoding.encode_ordinary(text.lower() if self.lowercase else text)
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """Ids of each text, as `encode` gives them."""
@@ -95,6 +96,7 @@ class Tokenizer:
     @cached_property
     def _text(self) -> str:
         saved = {"format": FORMAT, "pattern": self.pattern, "specials": self.specials,
+                 "lowercase": self.lowercase,
                  "tokens": [base64.b64encode(token).decode() for token in self.tokens]}
         return json.dumps(saved, indent=0) + "\n"  # ASCII, a fixed order: one text, one hash
 
@@ -124,7 +126,8 @@ class Tokenizer:
             if not isinstance(saved, dict) or saved.get("format") != FORMAT:
                 raise UserError(f"its format is not {FORMAT!r}")
             tokens = [base64.b64decode(token, validate=True) for token in saved["tokens"]]
-            return cls(tokens, specials=saved["specials"], pattern=saved["pattern"])
+            return cls(tokens, specials=saved["specials"], pattern=saved["pattern"],
+                       lowercase=saved["lowercase"])
         except OSError as error:
             raise UserError(f"no tokenizer at {path} ({error.strerror}); give a folder with "
                             f'{FILE_NAME}, that file, or "gpt2"') from error
@@ -145,9 +148,10 @@ class Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, *, pattern: str = PATTERN,
-              specials: Sequence[str] = SPECIALS) -> Tokenizer:
+              specials: Sequence[str] = SPECIALS, lowercase: bool = False) -> Tokenizer:
     """Learn byte-pair merges from texts until the vocabulary, specials counted, is full.
 
+    `lowercase`: it, and encode, lower-case their texts first, and decode gives no capitals back.
     It stops earlier, with a smaller vocabulary, when no pair occurs twice. The result depends on
     how often each chunk occurs and on nothing else: not on the order of texts, nor on the machine.
     UserError if vocab_size is below 256 + specials, the texts are empty or the pattern is wrong.
@@ -156,12 +160,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, pattern: str = PATTERN,
     if n_merges < 0:
         raise UserError(f"vocab_size must be at least {256 + len(specials)} (256 bytes + "
                         f"{len(specials)} specials), got {vocab_size}")
-    chunks = _count_chunks([texts] if isinstance(texts, str) else texts, pattern)
+    texts = [texts] if isinstance(texts, str) else texts
+    chunks = _count_chunks((t.lower() if lowercase else t for t in texts), pattern)
     tokens = [bytes([b]) for b in range(256)]
     words = [list(_utf8(chunk)) for chunk in chunks]
     for left, right in _learn_merges(words, list(chunks.values()), n_merges):
         tokens.append(tokens[left] + tokens[right])
-    return Tokenizer(tokens, specials=specials, pattern=pattern)
+    return Tokenizer(tokens, specials=specials, pattern=pattern, lowercase=lowercase)
 
 
 def _count_chunks(texts: Iterable[str], pattern: str) -> Counter[str]:

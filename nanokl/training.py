@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nanokl import UserError, checkpoint
 from nanokl.metrics import Log
 from nanokl.runtime import Interrupt, NonFiniteLoss, Runtime, generator
+from nanokl.tokenizer import Tokenizer
 
 MAY_CHANGE = {"out", "resume", "device", "log_every", "save_every"}  # flags of a resumed run
 
@@ -54,10 +55,12 @@ def save_last(out: Path, model: nn.Module, optimizers, *, tokenizer, **state) ->
     checkpoint.save(Path(out) / "last", model, tokenizer=tokenizer, state=state)
 
 
-def load_last(out: Path, model: nn.Module, optimizers) -> dict:
+def load_last(out: Path, model: nn.Module, optimizers, *, tokenizer) -> dict:
     """Restores weights and optimisers from OUT/last; returns the rest of its state."""
     checkpoint.load_weights(Path(out) / "last", model)
     state = checkpoint.load_state(Path(out) / "last")
+    if Tokenizer.load(Path(out) / "last").hash != tokenizer.hash:
+        raise UserError(f"{out} was trained with another tokenizer than --data's: give it its own")
     for optimizer, saved in zip(optimizers, state.pop("optimizers"), strict=True):
         optimizer.load_state_dict(saved)
     return state

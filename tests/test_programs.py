@@ -187,7 +187,7 @@ def test_metrics_rows(demo):
 
 def test_report_and_samples(demo):
     page = (demo / "report.html").read_text(encoding="utf-8")
-    assert "KL-penalised" in page and "Left out, no files yet" not in page
+    assert "KL-penalised" in page and "Not finished, no summary yet" not in page
     assert len(list((demo / "figures").glob("*.png"))) >= 5
     samples = [json.loads(line) for line in (demo / "ppo" / "samples.jsonl").open("rb")]
     assert len(samples) == 16 and all(html.escape(row["prompt"]) in page for row in samples)
@@ -436,8 +436,6 @@ def test_two_processes_equal_one(python, demo, tmp_path, name):
                     / "best")  # fmt: skip
     assert one.keys() == two.keys()
     for key, x in one.items():
-        # Bradley-Terry cannot see a constant: the gradient of that bias is rounding, which Adam
-        # makes as large as any other
         assert (x - two[key]).abs().max() <= 1e-5, key
     if name == "ppo":
         assert any((one[k] - start[k]).abs().max() > 1e-4 for k in start)  # it moved

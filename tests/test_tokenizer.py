@@ -335,3 +335,13 @@ def test_bad_training_input(texts, kwargs, message):
     with pytest.raises(UserError, match=message) as caught:
         train_bpe(texts, **{"vocab_size": 300, **kwargs})
     assert "\n" not in str(caught.value)
+
+
+def test_lowercase_is_of_training_encoding_and_saving(tmp_path):
+    tokenizer = train_bpe(["Low LOW low Lower"], 265, lowercase=True)
+    assert b"low" in tokenizer.tokens and b"Low" not in tokenizer.tokens
+    assert tokenizer.decode(tokenizer.encode("LOW İ")) == "LOW İ".lower()
+    tokenizer.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.lowercase and loaded.encode("A Low") == tokenizer.encode("a low")
+    assert loaded.hash == tokenizer.hash != Tokenizer(tokenizer.tokens).hash

@@ -14,9 +14,13 @@ from nanokl import UserError
 from nanokl.gpt import GPT, GPTConfig
 from nanokl.metrics import Log
 from nanokl.runtime import Interrupt, NonFiniteLoss, Runtime
+from nanokl.tokenizer import Tokenizer
 from nanokl.training import gradient_step, leave, load_last, open_run, save_last, seed_step
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
+
+
+BYTES = Tokenizer([bytes([b]) for b in range(256)])
 
 
 def make(seed=0, dropout=0.0):
@@ -148,12 +152,16 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path):
 
     model, optimizers = start()
     train(model, optimizers, 0, 3, tmp_path)
-    save_last(tmp_path, model, optimizers, tokenizer=None, step=3, best=1.25, names=["a"])
+    save_last(tmp_path, model, optimizers, tokenizer=BYTES, step=3, best=1.25, names=["a"])
     train(model, optimizers, 3, 5, tmp_path)  # lost with the crash
 
     model, optimizers = start()
     torch.rand(7)
-    state = load_last(tmp_path, model, optimizers)
+    other = Tokenizer(BYTES.tokens, lowercase=True)
+    with pytest.raises(UserError, match="another tokenizer than --data's"):
+        load_last(tmp_path, model, optimizers, tokenizer=other)
+    model, optimizers = start()
+    state = load_last(tmp_path, model, optimizers, tokenizer=BYTES)
     assert state == {"step": 3, "best": 1.25, "names": ["a"]}
     train(model, optimizers, state["step"], 6, tmp_path)
     assert same(snapshot(model, optimizers), expected)
@@ -162,7 +170,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path):
 def test_load_last_needs_something_saved(tmp_path):
     model = make()
     with pytest.raises(UserError, match="is missing"):
-        load_last(tmp_path, model, [torch.optim.SGD(model.parameters())])
+        load_last(tmp_path, model, [torch.optim.SGD(model.parameters())], tokenizer=BYTES)
 
 
 # --------------------------------------------------------------------------------- whole runs

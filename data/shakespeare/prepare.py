@@ -3,9 +3,9 @@
 One document; its last tenth is the val split.
 """
 
+import http.client
 import sys
 import tempfile
-import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +61,7 @@ def plays(file: Path | None) -> str:
         try:
             with urllib.request.urlopen(URL, timeout=30) as response:
                 copy.write_bytes(response.read())
-        except (OSError, urllib.error.URLError) as error:
+        except (OSError, http.client.HTTPException) as error:
             problem = f"could not fetch {URL} ({error}): connect, or give a local copy's path"
             raise UserError(problem) from error
         return read_text(copy, SHA256)
