@@ -35,57 +35,57 @@ go_on = $(if $(wildcard $(RUN)/$(1)/last/state.pt),--resume)
 .DEFAULT_GOAL := help
 .PHONY: help setup test lint check demo data pretrain bert reward rlhf report results clean
 
-help: ## this list
+help: ## 0    this list
 	@echo "Minutes on a 2-core x86-64 CPU with AMX, 2026-11, after setup:"
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/' | expand -t 12
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-10s%s\n", $$1, $$2}'
 
 .venv/ready: pyproject.toml constraints.txt
 	$(SYSTEM_PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -q --disable-pip-version-check -e '.[dev]' -c constraints.txt
 	touch $@
 
-setup: $(VENV) ## .venv with the pinned packages
+setup: $(VENV) ## 0.5  .venv with the pinned packages
 
-test: $(VENV) ## all tests
+test: $(VENV) ## 1.1  all tests
 	$(PY) -m pytest
 
-lint: $(VENV) ## ruff
+lint: $(VENV) ## 0.1  ruff
 	$(PY) -m ruff check .
 
-check: lint test ## what CI runs: lint and test
+check: lint test ## 1.2  what CI runs: lint and test
 
-demo: $(VENV) ## the whole story, from data to report, in runs/demo (replaced)
+demo: $(VENV) ## 8    the whole story, from data to report, in runs/demo (replaced)
 	rm -rf runs/demo && mkdir -p runs/demo && date +%s > runs/demo/started
 	$(MAKE) --no-print-directory report RUN=runs/demo BUDGET=$(BUDGET:main=demo)
 
-data: $(DATA)/meta.json ## human ratings of 23,703 snippets, fetched and tokenised
+data: $(DATA)/meta.json ## 0.2  human ratings of 23,703 snippets, fetched and tokenised
 $(DATA)/meta.json: data/hutto/prepare.py | $(VENV)
 	$(PY) data/hutto/prepare.py
 
-pretrain: $(RUN)/gpt/summary.json ## GPT on the snippets
+pretrain: $(RUN)/gpt/summary.json ## 2.9  GPT on the snippets
 $(RUN)/gpt/summary.json: | $(DATA)/meta.json
 	$(PY) train_pretrain.py gpt --data $(DATA) --out $(RUN)/gpt $(GPT) $(call go_on,gpt)
 
-bert: $(RUN)/bert/summary.json ## BERT-style encoder on the snippets
+bert: $(RUN)/bert/summary.json ## 3.3  BERT-style encoder on the snippets
 $(RUN)/bert/summary.json: | $(DATA)/meta.json
 	$(PY) train_pretrain.py bert --data $(DATA) --out $(RUN)/bert $(BERT) $(call go_on,bert)
 
-reward: $(RUN)/reward/summary.json ## reward model on the encoder (and what it needs)
+reward: $(RUN)/reward/summary.json ## 11.4 reward model on the encoder, with what it needs
 $(RUN)/reward/summary.json: | $(RUN)/gpt/summary.json $(RUN)/bert/summary.json
 	$(PY) train_rlhf.py reward --data $(DATA) --init $(RUN)/bert --policy $(RUN)/gpt --out $(RUN)/reward $(REWARD) $(call go_on,reward)
 
-rlhf: $(RUN)/ppo/summary.json ## KL-penalised PPO against the reward model (and what it needs)
+rlhf: $(RUN)/ppo/summary.json ## 13   KL-penalised PPO against the reward model, with what it needs
 $(RUN)/ppo/summary.json: | $(RUN)/reward/summary.json
 	$(PY) train_rlhf.py ppo --data $(DATA) --policy $(RUN)/gpt --reward $(RUN)/reward --out $(RUN)/ppo $(PPO) $(call go_on,ppo)
 
-report: $(RUN)/ppo/summary.json ## summary.json, report.html and figures of a run
+report: $(RUN)/ppo/summary.json ## 0.1  summary.json, report.html and figures of a run
 	$(PY) -m nanokl report $(RUN)
 
-results: $(VENV) ## the README's table: demo and 4 more PPO seeds, then the main run
+results: $(VENV) ## 27   the README's table: demo, 4 more PPO seeds, the main run (sum of parts)
 	$(MAKE) demo
 	rm -rf runs/seeds
 	for seed in 1 2 3 4; do $(PY) train_rlhf.py ppo --data $(DATA) --policy runs/demo/gpt --reward runs/demo/reward --out runs/seeds/$$seed $(PPO_demo) --seed $$seed || exit; done
 	$(MAKE) report
 
-clean: ## remove runs/ and the prepared data, keep .venv
+clean: ## 0    remove runs/ and the prepared data, keep .venv
 	rm -rf runs data/*/*.bin data/*/*.json data/*/*.jsonl
