@@ -123,14 +123,11 @@ class RewardModel(nn.Module):
 def bradley_terry(score: Tensor, wins: Tensor, valid: Tensor) -> tuple[Tensor, dict]:
     """Mean negative log-likelihood, nats per comparison, of all comparisons inside groups.
 
-    score (G, K); wins (G, K, K) is 1 where row a was preferred to column b; valid (G, K, K) bool
-    counts the comparisons that were made. Returns (loss, info).
+    score (G, K); wins (G, K, K) is 1 where row a beat column b, valid bool. Returns (loss, info).
     """
     margin = score[:, :, None] - score[:, None, :]  # (G, K, K)
     nll = F.binary_cross_entropy_with_logits(margin, wins, reduction="none")
-    n = valid.sum().clamp(min=1)
-    right = ((margin > 0) == (wins > 0.5)) & valid
-    return (nll * valid).sum() / n, {"pair_accuracy": right.sum() / n, "n_pairs": valid.sum()}
+    return (nll * valid).sum() / valid.sum().clamp(min=1), {"n_pairs": valid.sum()}
 
 
 def calibration(margin: np.ndarray, a_wins: np.ndarray, n_bins: int = 10) -> list[dict]:

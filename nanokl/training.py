@@ -17,6 +17,7 @@ from nanokl.metrics import Log
 from nanokl.runtime import Interrupt, NonFiniteLoss, Runtime, generator
 from nanokl.tokenizer import Tokenizer
 
+SHARED = {"batch_size", "batch", "minibatch", "n_groups", "n_samples", "n_eval"}  # by processes
 MAY_CHANGE = {"out", "resume", "device", "log_every", "save_every"}  # flags of a resumed run
 
 
@@ -68,9 +69,11 @@ def load_last(out: Path, model: nn.Module, optimizers, *, tokenizer) -> dict:
 
 def open_run(flags, runtime: Runtime) -> bool:
     """Claims flags.out; True when an old run goes on, whose flags must be the same."""
-    frozen = vars(flags).keys() - MAY_CHANGE
-    resuming = checkpoint.open_run(flags.out, vars(flags), resume=flags.resume, frozen=frozen,
-                                   is_main=runtime.is_main)
+    for name in SHARED & vars(flags).keys():
+        if getattr(flags, name) % runtime.world:
+            raise UserError(f"--{name} must be a multiple of the {runtime.world} processes")
+    resuming = checkpoint.open_run(flags.out, vars(flags), resume=flags.resume,
+                                   frozen=vars(flags).keys() - MAY_CHANGE, is_main=runtime.is_main)
     runtime.barrier()
     return resuming
 

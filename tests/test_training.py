@@ -180,6 +180,13 @@ def flags(out, **changed):
     return SimpleNamespace(**given | changed)
 
 
+def test_open_run_wants_equal_shares_for_all_processes(tmp_path):
+    three = Runtime(torch.device("cpu"), torch.float32, rank=0, world=3)
+    with pytest.raises(UserError, match="--batch must be a multiple of the 3 processes"):
+        open_run(flags(tmp_path / "run", batch=16), three)
+    assert not (tmp_path / "run").exists()
+
+
 def test_open_run_holds_the_flags_that_make_the_result(tmp_path):
     out, model = tmp_path / "run", make()
     with pytest.raises(UserError, match="nothing to resume"):
