@@ -36,7 +36,7 @@ go_on = $(if $(wildcard $(RUN)/$(1)/last/state.pt),--resume)
 .PHONY: help setup test lint check demo data pretrain bert reward rlhf report results clean
 
 help: ## 0    this list
-	@echo "Minutes on a 2-core x86-64 CPU with AMX, 2026-11, after setup:"
+	@echo "Minutes on a 2-core x86-64 CPU with AMX, 2026-11, after setup; a stage with what it needs:"
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-10s%s\n", $$1, $$2}'
 
 .venv/ready: pyproject.toml constraints.txt

@@ -4,8 +4,8 @@ A pattern cuts the text into chunks (words, numbers, punctuation, spaces). Each 
 UTF-8 bytes, and the merges, in the order in which they were learnt, join neighbours inside it.
 Every byte is a token, so every text has ids and none is "unknown".
 
-Left out: WordPiece and Unigram; normalisation (a text comes back as it went in); training in
-parallel; special tokens written in a text (it stays plain text: only code places specials).
+Left out: WordPiece and Unigram; normalisation but for lower-casing, which has to be asked for;
+training in parallel; special tokens written in a text (it stays plain: only code places them).
 """
 
 import base64

@@ -56,8 +56,8 @@ ABOUT = {
 
 
 # Agreement with the raters measured elsewhere, to stand beside a model's own; the reward run copies
-# them into its summary. Published: Hutto & Gilbert 2014, table 4, on all snippets. The others: once
-# with nanokl's data, on one 90/10 split, 20,000 pairs a domain.
+# them into its summary. Published: Hutto & Gilbert 2014, table 4, on all snippets. The others:
+# measured once, on another 90/10 split than the one made here, 20,000 pairs a domain.
 GIVEN = {
     "VADER, published": {
         "pearson_r": {"movie": 0.451, "product": 0.565, "news": 0.492, "tweets": 0.881},
