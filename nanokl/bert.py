@@ -8,8 +8,7 @@ model.head.weight, targets[predict], bias=model.head.bias)`. Left out: next-sent
 from dataclasses import dataclass
 
 import torch
-import torch.nn as nn
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanokl import UserError
 from nanokl.checkpoint import Pretrained
@@ -61,15 +60,13 @@ def fill_mask(model: BERT, tokenizer: Tokenizer, text: str, top_k: int = 5):
         raise UserError(f"top_k is {top_k}: give 1 to {model.config.vocab_size}")
     # A word's leading space belongs to its token: the mask swallows it.
     space = " " if before.endswith(" ") else ""
-    before = before.removesuffix(" ")
-    left, right = tokenizer.encode(before), tokenizer.encode(after)
+    left, right = tokenizer.encode(before.removesuffix(" ")), tokenizer.encode(after)
     ids = [tokenizer.special("[CLS]"), *left, tokenizer.special("[MASK]"), *right,
            tokenizer.special("[SEP]")]
     if len(ids) > model.config.block_size:
         raise UserError(f"the text has {len(ids)} tokens, the model's context "
                         f"{model.config.block_size}: shorten it")
-    device = model.wte.weight.device
-    h = model(torch.tensor([ids], device=device))[0, 1 + len(left)]  # (C,)
+    h = model(torch.tensor([ids], device=model.wte.weight.device))[0, 1 + len(left)]  # (C,)
     p, token = model.logits(h).softmax(-1).topk(top_k)
     filled = [tokenizer.decode([*left, t, *right]) for t in token.tolist()]
     names = [tokenizer.decode([t]).removeprefix(space) for t in token.tolist()]

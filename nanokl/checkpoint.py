@@ -17,7 +17,6 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -32,15 +31,15 @@ PLAIN = (bool, int, float, str, bytes, type(None))  # exact types: np.float64 is
 def replacing(folder: Path | str) -> Iterator[Path]:
     """A fresh folder to fill, which takes the place of `folder` if the block ends well.
 
-    The old folder stays until the new one is on the disk. After an exception only the old one is
-    left; after a crash the leftovers are harmless and go with the next save:
+    After an exception only the old one is left; after a crash leftovers go with the next save:
 
         folder                  folder.tmp is half written
         folder.old, folder.tmp  between the two renames: readers take folder.old
         folder, folder.old      the new one is in place
     """
     folder = Path(folder)
-    tmp, old = _beside(folder, ".tmp"), _beside(folder, ".old")
+    # siblings, since a rename is atomic only within one file system
+    tmp, old = (folder.with_name(folder.name + suffix) for suffix in (".tmp", ".old"))
     folder.parent.mkdir(parents=True, exist_ok=True)
     if not folder.exists() and old.exists():  # a crash between the renames: finish going back
         old.rename(folder)
@@ -63,11 +62,6 @@ def replacing(folder: Path | str) -> Iterator[Path]:
     _remove(old)
 
 
-def _beside(folder: Path, suffix: str) -> Path:
-    # a sibling, since a rename is atomic only within one file system
-    return folder.with_name(folder.name + suffix)
-
-
 def _remove(*folders: Path) -> None:
     for folder in folders:
         if folder.exists():
@@ -85,16 +79,12 @@ def _flush(*paths: Path) -> None:
 def _present(folder: Path | str) -> Path:
     """`folder`, or `folder.old` after a crash between the two renames of `replacing`."""
     folder = Path(folder)
-    old = _beside(folder, ".old")
+    old = folder.with_name(folder.name + ".old")
     return old if not folder.exists() and old.exists() else folder
 
 
 def save(folder, model: nn.Module, *, tokenizer=None, state: dict | None = None) -> None:
-    """Writes a checkpoint atomically; the model has a dataclass `.config`, `state` is plain.
-
-    Raises UserError if `folder` holds something else than a checkpoint; OSError if the disk is
-    full, when what was there before is still there.
-    """
+    """Writes a checkpoint atomically; UserError over anything else, OSError for a full disk."""
     folder = Path(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         try:
@@ -102,10 +92,9 @@ def save(folder, model: nn.Module, *, tokenizer=None, state: dict | None = None)
         except UserError as error:
             raise UserError(f"{error}; a checkpoint would replace it: choose a new name") from None
     _assert_plain(state)
-    config = {"nanokl": __version__, "model": type(model).__name__,
-              "config": dataclasses.asdict(model.config)}
     with replacing(folder) as tmp:
-        (tmp / CONFIG).write_bytes(_json(config))
+        (tmp / CONFIG).write_bytes(_json({"nanokl": __version__, "model": type(model).__name__,
+                                          "config": dataclasses.asdict(model.config)}))
         # Through bytes: the libraries' own writers turn a full disk into errors of their own.
         weights = {name: x.detach().cpu().contiguous() for name, x in _tensors(model).items()}
         (tmp / WEIGHTS).write_bytes(safetensors.torch.save(weights, {"format": "pt"}))
@@ -151,11 +140,7 @@ def read_config(folder: Path | str) -> dict:
 
 
 def load(folder: Path | str, cls: type[nn.Module], **config_overrides) -> nn.Module:
-    """A new `cls` with the checkpoint's config and weights, in float32, on the CPU.
-
-    `config_overrides` replace fields such as dropout. Raises UserError for a folder that is
-    missing, damaged, of another class, or whose tensors do not fit.
-    """
+    """A new `cls` on the CPU, `config_overrides` over its config; UserError if it does not fit."""
     saved = read_config(folder)
     if saved["model"] != cls.__name__:
         raise UserError(f"{folder} holds a {saved['model']} but a {cls.__name__} is needed: "
@@ -189,15 +174,12 @@ def load_weights(folder: Path | str, model: nn.Module) -> None:
         saved = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path} is missing, truncated or damaged ({error}): use another") from None
-    tensors = _tensors(model)
-    wanted, found = ({name: tuple(x.shape) for name, x in d.items()} for d in (tensors, saved))
+    wanted, found = ({k: tuple(x.shape) for k, x in d.items()} for d in (_tensors(model), saved))
     if wrong := sorted({name for name, _ in wanted.items() ^ found.items()}):
         shape, needed = (x.get(wrong[0], "absent") for x in (found, wanted))
         raise UserError(f"{path} does not fit this {type(model).__name__} ({len(wrong)} tensors "
                         f"differ): {wrong[0]} is {shape}, not {needed}; use its own checkpoint")
-    with torch.no_grad():
-        for name, x in tensors.items():
-            x.copy_(saved[name])
+    model.load_state_dict(saved, strict=False)  # a tied weight is saved under one of its names
 
 
 def load_state(folder: Path | str) -> dict:
@@ -224,10 +206,9 @@ def open_run(out: Path | str, flags: dict, *, resume: bool, frozen: Iterable[str
              is_main: bool = True) -> bool:
     """Claims folder `out` for a run with these flags, and says whether it goes on with an old one.
 
-    Raises UserError if `out` holds a run and `resume` is False, if there is nothing to resume, or
-    if a flag in `frozen` has changed. Of many processes only the main one looks and writes.
+    UserError if `out` holds another run, or none to resume, or if a flag in `frozen` has changed.
     """
-    if not is_main:
+    if not is_main:  # of many processes one looks and writes
         return resume
     out, path = Path(out), Path(out) / FLAGS
     if out.is_file():
@@ -250,7 +231,7 @@ def open_run(out: Path | str, flags: dict, *, resume: bool, frozen: Iterable[str
         raise UserError(f"{out} holds another run: go on with --resume, choose another --out, "
                         "or delete it")
     out.mkdir(parents=True, exist_ok=True)
-    tmp = _beside(path, ".tmp")
+    tmp = out / f"{FLAGS}.tmp"
     tmp.write_bytes(_json(flags))
     tmp.replace(path)
     return resume

@@ -1,9 +1,7 @@
 """From texts to a data folder: tokenizer, a shard for each split, meta.json; or nothing at all.
 
-A folder is whole or absent: it is made beside itself and renamed file by file, meta.json last. The
-settings in meta.json say whether it has to be made again.
-
-Left out: where texts come from (data/<name>/prepare.py), and corpora larger than memory.
+A folder is whole or absent: made beside itself, renamed file by file, meta.json last, whose
+settings say whether to make it again. Left out: where texts come from, those larger than memory.
 """
 
 import hashlib
@@ -68,9 +66,8 @@ def prepare_corpus(out, source: Callable[[], Corpus], *, settings: dict, level: 
     """Make the data folder `out`: tokenizer, SPLIT.bin, meta.json; return one line on it.
 
     `settings` say what the source is (hashes, seeds) and must survive JSON; level is bpe or char.
-    The BPE is learnt from the train split only. Nothing is done, and `source` not called, when
-    `out` has been prepared with the same settings; UserError for others without `force`.
-    A failure leaves `out` as it was.
+    The BPE is learnt from the train split only. Nothing is done, `source` not called, if `out` has
+    the same settings; UserError for others without `force`. A failure leaves `out` as it was.
     """
     out, settings = Path(out), {"level": level, "vocab_size": vocab_size, **settings}
     if not force and (meta := _prepared(out, settings)):

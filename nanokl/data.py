@@ -1,17 +1,11 @@
 """Corpora as shards of tokens, and batches that are pure functions of (seed, step).
 
-`lm_batch` and `mlm_batch` draw training batches from a memory-mapped shard: a resumed run needs
-the step only, no loader state. `eval_batches` and `mlm_eval_batches` pass over a shard once.
-
 A shard is `<|endoftext|> doc <|endoftext|> doc ... <|endoftext|>`: document i and its leading
-separator are tokens[starts[i]:starts[i + 1]], and starts[-1] is the closing separator.
-
-Left out: streaming, mixing weights, shards of many files. `corpus` makes data folders from texts,
-`judgements` reads human ratings.
+separator are tokens[starts[i]:starts[i + 1]], and starts[-1] is the closing separator. A resumed
+run needs the step only, no loader state. Left out: streaming, mixing weights, shards of many files.
 """
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,10 +19,9 @@ from nanokl import UserError
 from nanokl.runtime import generator
 from nanokl.tokenizer import Tokenizer
 
+# A file: MAGIC | header length, uint64 | JSON header, space-padded to 64 | starts, int64 | tokens
 MAGIC = b"nanokl\x00\x01"  # the last byte is the version of the format
 BUCKET = 16  # steps whose rows are sorted by length together, so that little is padding
-
-# A file: MAGIC | header length, uint64 | JSON header, space-padded to 64 | starts, int64 | tokens
 
 
 @dataclass(frozen=True)
@@ -47,55 +40,49 @@ class Shard:
     @classmethod
     def open(cls, path, tokenizer: Tokenizer) -> "Shard":
         """Map the shard at `path`; UserError when missing, cut short or of another tokenizer."""
-        header, offset = _read_header(Path(path))
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"no shard at {path}: run the prepare.py of that data folder first")
+        with path.open("rb") as file:
+            head = file.read(16)
+            if head[:8] != MAGIC:
+                what = "is empty" if not head else "is not a nanokl shard"
+                raise UserError(f"{path} {what}: run the prepare.py of that data folder with "
+                                "--force")
+            size = int.from_bytes(head[8:], "little")
+            try:
+                header = json.loads(file.read(min(size, 1 << 16)))
+            except ValueError:
+                raise UserError(f"{path} is truncated: prepare it again with --force") from None
         if header["tokenizer_hash"] != tokenizer.hash:
             raise UserError(f"{path} was written with another tokenizer (vocabulary "
                             f"{header['vocab_size']}, this one has {tokenizer.vocab_size}): use "
                             "the one beside it, or prepare it again")
-        n_starts, n_tokens = header["n_docs"] + 1, header["n_tokens"]
-        after = offset + 8 * n_starts
-        want = after + n_tokens * np.dtype(header["dtype"]).itemsize
-        if (size := os.path.getsize(path)) != want:
-            raise UserError(f"{path} is truncated: {size} bytes, not the {want} of its header; "
+        after = 16 + size + 8 * (header["n_docs"] + 1)
+        want = after + header["n_tokens"] * np.dtype(header["dtype"]).itemsize
+        if (found := path.stat().st_size) != want:
+            raise UserError(f"{path} is truncated: {found} bytes, not the {want} of its header; "
                             "prepare it again with --force")
-        starts = np.fromfile(path, "<i8", n_starts, offset=offset)
-        tokens = np.memmap(path, header["dtype"], "r", after, (n_tokens,))
+        starts = np.fromfile(path, "<i8", header["n_docs"] + 1, offset=16 + size)
+        tokens = np.memmap(path, header["dtype"], "r", after)
         return cls(tokens, starts, header["n_bytes"])
-
-
-def _read_header(path: Path) -> tuple[dict, int]:
-    """The JSON header of a shard and the offset at which its starts begin."""
-    if not path.is_file():
-        raise UserError(f"no shard at {path}: run the prepare.py of that data folder first")
-    with path.open("rb") as file:
-        head = file.read(16)
-        if head[:8] != MAGIC:
-            what = "is empty" if not head else "is not a nanokl shard"
-            raise UserError(f"{path} {what}: run the prepare.py of that data folder with --force")
-        size = int.from_bytes(head[8:], "little")
-        try:
-            return json.loads(file.read(min(size, 1 << 16))), 16 + size
-        except ValueError:
-            raise UserError(f"{path} is truncated: prepare it again with --force") from None
 
 
 def write_shard(path, docs: Iterable[Sequence[int]], tokenizer: Tokenizer, n_bytes: int) -> int:
     """Write documents (token ids, none empty) as one shard; return its n_tokens."""
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
-    separator = np.array([tokenizer.special("<|endoftext|>")], dtype)
-    parts, starts = [], [0]
-    for doc in docs:
-        assert len(doc), f"document {len(starts) - 1} is empty"
-        parts += [separator, np.asarray(doc, dtype)]
-        starts.append(starts[-1] + 1 + len(doc))
+    separator = tokenizer.special("<|endoftext|>")
+    parts = [np.array([separator, *doc], dtype) for doc in docs]
+    starts = np.cumsum([0, *map(len, parts)])
+    assert (np.diff(starts) > 1).all(), f"document {np.diff(starts).argmin()} is empty"
     header = {"dtype": dtype, "vocab_size": tokenizer.vocab_size, "tokenizer_hash": tokenizer.hash,
-              "n_tokens": starts[-1] + 1, "n_docs": len(starts) - 1, "n_bytes": n_bytes}
+              "n_tokens": int(starts[-1]) + 1, "n_docs": len(parts), "n_bytes": n_bytes}
     text = json.dumps(header).encode()
     text += b" " * (-(16 + len(text)) % 64)  # aligned, so that the map is read without copies
     with open(path, "wb") as file:
         file.write(MAGIC + len(text).to_bytes(8, "little") + text)
-        file.write(np.array(starts, "<i8").tobytes())
-        file.write(np.concatenate([*parts, separator]).tobytes())
+        file.write(starts.astype("<i8").tobytes())
+        file.write(np.concatenate([*parts, np.array([separator], dtype)]).tobytes())
     return header["n_tokens"]
 
 
@@ -116,11 +103,7 @@ def _epoch(n: int, seed: int, stream: str, epoch: int) -> tuple[np.ndarray, np.n
 
 
 def _draw(lengths: np.ndarray, size: int, rows: np.ndarray, seed: int, stream: str):
-    """Documents and offsets of the windows at places `rows` of the endless shuffled sequence.
-
-    A document's first window starts at 0, its others at random offsets of equal strata, so that
-    an epoch covers each document about once whatever its length.
-    """
+    """Documents and offsets of the windows at places `rows` of the endless shuffled sequence."""
     doc, k, n = _windows(lengths, size)
     window, u = np.empty_like(rows), np.empty(len(rows))
     for epoch in np.unique(rows // len(doc)):
@@ -129,6 +112,7 @@ def _draw(lengths: np.ndarray, size: int, rows: np.ndarray, seed: int, stream: s
         window[here] = order[rows[here] % len(doc)]
         u[here] = jitter[window[here]]
     doc, k, n = doc[window], k[window], n[window]
+    # First windows start at 0, others at random in equal strata: an epoch covers all about once.
     room = np.maximum(lengths[doc] - size + 1, 1)
     return doc, np.maximum(0, np.floor((k - 1 + u) / np.maximum(n - 1, 1) * room)).astype(np.int64)
 
@@ -157,10 +141,7 @@ def _check_sizes(batch_size: int, block_size: int, least: int = 1) -> None:
 
 
 def lm_batch(shard: Shard, step: int, *, batch_size: int, block_size: int, seed: int) -> Tensor:
-    """Training rows for a causal LM: idx (B, block_size + 1) int64.
-
-    Rows start at a document's start (long ones: elsewhere too) and run on into those behind it.
-    """
+    """Training rows idx (B, block_size + 1) int64, from a document's window on past its end."""
     _check_sizes(batch_size, block_size)
     rows = np.arange(step * batch_size, (step + 1) * batch_size)
     doc, offset = _draw(shard.lengths, block_size, rows, seed, "lm")
@@ -170,14 +151,10 @@ def lm_batch(shard: Shard, step: int, *, batch_size: int, block_size: int, seed:
 
 
 def eval_batches(shard: Shard, *, block_size: int, batch_size: int) -> Iterator:
-    """Every token after the first, scored exactly once: yields idx (B, T + 1), mask (B, T).
-
-    Documents are cut into windows of block_size from their start; T is the longest of the batch.
-    """
+    """Windows of T <= block_size, every token scored once: yields idx (B, T + 1), mask (B, T)."""
     _check_sizes(batch_size, block_size)
     for doc, offset, length in _cover(shard.lengths, block_size, batch_size):
-        start = shard.starts[doc] + offset
-        idx, mask = _gather(shard.tokens, start, length + 1, int(shard.tokens[0]))
+        idx, mask = _gather(shard.tokens, shard.starts[doc] + offset, length + 1, shard.tokens[0])
         yield torch.from_numpy(idx), torch.from_numpy(mask[:, 1:])
 
 
@@ -205,14 +182,13 @@ def _masked(shard: Shard, tokenizer: Tokenizer, start, length, rng, mask_prob: f
     text[:, 0] = text[rows, length + 1] = False
     # two numbers for each token in row order: the masks do not depend on how rows are batched
     draws = torch.rand(int(length.sum()), 2, generator=rng, dtype=torch.float64).numpy()
-    choice, fate = np.full(mask.shape, 2.0), np.full(mask.shape, 2.0)
-    choice[text], fate[text] = draws[:, 0], draws[:, 1]
+    choice, fate = np.full((2, *mask.shape), 2.0)
+    choice[text], fate[text] = draws.T
     predict = choice < mask_prob
     predict[rows, choice.argmin(1)] |= ~predict.any(1)
-    idx = np.where(predict & (fate < 0.8), msk, targets)
     # ordinary ids are those below the first special; fate is uniform on [.8, .9) where it counts
     ordinary = ((fate - 0.8) / 0.1 * tokenizer.special("<|endoftext|>")).astype(np.int64)
-    idx = np.where(predict & (fate >= 0.8) & (fate < 0.9), ordinary, idx)
+    idx = np.select([~predict | (fate >= 0.9), fate < 0.8], [targets, msk], ordinary)
     return MLMBatch(*map(torch.from_numpy, (idx, mask, targets, predict)))
 
 
@@ -242,13 +218,10 @@ def mlm_eval_batches(shard: Shard, tokenizer: Tokenizer, *, block_size: int, bat
 
 
 def text_batch(tokenizer: Tokenizer, texts: Sequence[str], *, block_size: int):
-    """Whole texts for an encoder: idx (B, T) as [CLS] ids [SEP] cut at block_size, mask (B, T).
-
-    Each text starts with a space: its first word is then the same token as in mid-sentence.
-    """
+    """Whole texts for an encoder: idx (B, T) as [CLS] ids [SEP] cut at block_size, mask (B, T)."""
     _check_sizes(1, block_size, 2)
     pad, cls, sep = (tokenizer.special(s) for s in ("[PAD]", "[CLS]", "[SEP]"))
-    spaced = [" " + text.strip() for text in texts]
+    spaced = [" " + text.strip() for text in texts]  # first words as in mid-sentence
     rows = [[cls, *ids[: block_size - 2], sep] for ids in tokenizer.encode_batch(spaced)]
     length = np.array([len(row) for row in rows])
     idx, mask = _gather(np.concatenate(rows), np.cumsum(length) - length, length, pad)

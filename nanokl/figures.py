@@ -39,11 +39,7 @@ def smooth(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def draw(folder: Path, summary: dict, rows: list[dict], name: str, title: str, y: str,
          caption: str, paint: Callable, *what) -> str:
-    """Paint one figure, write FOLDER/NAME.png, return it as HTML <figure>; "" without its data.
-
-    paint(axes, summary, rows, *what) returns whether it had something to paint; y names that axis
-    with its unit. UserError without matplotlib.
-    """
+    """FOLDER/NAME.png, and as HTML <figure>; "" if paint(axes, summary, rows, *what) is False."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -73,15 +69,11 @@ def draw(folder: Path, summary: dict, rows: list[dict], name: str, title: str, y
 
 
 def _inline_svg(figure, *, label: str) -> str:
-    """<svg> of the page's width and colours: no fixed size, no addresses, no clashing ids.
-
-    Every colour that matplotlib wrote becomes the page's variable of that name.
-    """
+    """<svg> of the page's width and colours: no fixed size, no addresses, no clashing ids."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True)
-    svg = buffer.getvalue()
-    view = re.search(r'viewBox="[^"]*"', svg)[0]
-    body = svg[svg.index(">", svg.index("<svg")) + 1 :]
+    svg = re.search(r'<svg[^>]*(viewBox="[^"]*")[^>]*>(.*)', buffer.getvalue(), flags=re.DOTALL)
+    view, body = svg.groups()
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r'<g id="[^"]*"', "<g", body)  # nobody points at these, and figures would clash
     for name, light in COLOURS.items():
@@ -132,10 +124,7 @@ def curves(axes, summary: dict, rows: list[dict], labels: dict[str, str]) -> boo
 
 
 def beside_people(summary: dict, key: str, yard: str, label: str) -> tuple[list[str], list[tuple]]:
-    """Names of the domains; and (label, values, standard errors) over them, None where unknown.
-
-    First this run, then its yardstick, people; then what the data folder gives of other methods.
-    """
+    """Domains, and (label, values, s.e.) of this run, people and given methods; None if unknown."""
     rows = dict(summary.get("domains") or {})
     if f"{key}_se" in summary:
         rows["pooled"] = summary

@@ -8,7 +8,6 @@ training, and no row can see padding. Left out: beam search, stopping strings.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nanokl import UserError
@@ -58,14 +57,10 @@ def truncate(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
 
 def sample(logits: Tensor, u: Tensor, *, temperature: float = 1.0, top_k: int | None = None,
            top_p: float | None = None) -> tuple[Tensor, Tensor]:
-    """Draws token (B,) by inverting each row's CDF at u (B,) in [0, 1); returns it and its logp.
-
-    One uniform number a token ties a row's draw to that row alone, whatever else is in the
-    batch. temperature 0 takes the largest logit, at logp 0.
-    """
+    """Token (B,) at u (B,) in [0, 1) of each row's own CDF, and its logp; 0 at temperature 0."""
     if temperature == 0.0:
         return logits.argmax(-1), torch.zeros_like(u)
-    logp = F.log_softmax(truncate(logits / temperature, top_k, top_p), dim=-1)
+    logp = truncate(logits / temperature, top_k, top_p).log_softmax(-1)
     cdf = logp.double().exp().cumsum(-1)  # float64: V rounding errors must not add up
     token = torch.searchsorted(cdf, u[:, None].double() * cdf[:, -1:], right=True)
     token = token.clamp(max=logits.shape[-1] - 1)  # NaN logits: the loss will say so
@@ -76,17 +71,14 @@ def _pack_prompts(prompts: list[list[int]], config, max_new_tokens: int) -> tupl
     """Right-padded ids (B, longest prompt + max_new_tokens) and prompt lengths (B,)."""
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}: give at least 1")
-    if not prompts or not all(len(p) for p in prompts):
+    if not prompts or not all(map(len, prompts)):
         raise UserError("an empty prompt: give at least one token (such as <|endoftext|>)")
     n_prompt = torch.tensor([len(p) for p in prompts])
-    T = int(n_prompt.max()) + max_new_tokens
+    T = max(map(len, prompts)) + max_new_tokens
     if config.block_size < T:
-        raise UserError(f"a prompt of {int(n_prompt.max())} tokens and {max_new_tokens} new ones do"
+        raise UserError(f"a prompt of {T - max_new_tokens} tokens and {max_new_tokens} new ones do"
                         f" not fit the context of {config.block_size}: shorten one of them")
-    idx = torch.zeros(len(prompts), T, dtype=torch.int64)
-    for row, prompt in zip(idx, prompts, strict=True):
-        row[: len(prompt)] = torch.as_tensor(prompt)
-    return idx, n_prompt
+    return torch.tensor([[*p, *[0] * (T - len(p))] for p in prompts]), n_prompt
 
 
 @torch.no_grad()
@@ -95,16 +87,14 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, *, temperatur
              rng: torch.Generator | None = None, u: Tensor | None = None) -> Rollout:
     """Continues each prompt by up to max_new_tokens tokens, or until `stop` is sampled.
 
-    Row i's j-th token is drawn at u[i, j]; without u (B, max_new_tokens) it comes from the CPU
-    generator `rng`. The model is used as it is: call `.eval()` first where it has dropout.
-    UserError for a prompt that is empty or too long, and for sampling values out of range.
+    Row i's j-th token is drawn at u[i, j]; `rng`, on the CPU, draws u (B, max_new_tokens) if None.
+    Call `.eval()` first. UserError for a prompt empty or too long, and for values out of range.
     """
     _check_sampling(temperature, top_k, top_p)
     device = model.head.weight.device
-    idx, n_prompt = _pack_prompts(prompts, model.config, max_new_tokens)
+    idx, n_prompt = (x.to(device) for x in _pack_prompts(prompts, model.config, max_new_tokens))
     B, T = idx.shape
     u = (torch.rand(B, max_new_tokens, generator=rng) if u is None else u).to(device)
-    idx, n_prompt = idx.to(device), n_prompt.to(device)
     logp = torch.zeros(B, T - 1, device=device)
     mask = torch.zeros(B, T - 1, dtype=torch.bool, device=device)
     stopped = torch.zeros(B, dtype=torch.bool, device=device)
@@ -120,8 +110,7 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, *, temperatur
         # 2. keep it where the row is past its prompt and not yet finished
         alive = (t >= n_prompt) & (t < n_prompt + max_new_tokens) & ~stopped
         idx[:, t] = torch.where(alive, token, idx[:, t])
-        logp[:, t - 1] = token_logp * alive
-        mask[:, t - 1] = alive
+        logp[:, t - 1], mask[:, t - 1] = token_logp * alive, alive
         if stop is not None:
             stopped |= alive & (token == stop)
         # 3. go on while a row has tokens to come

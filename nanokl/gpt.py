@@ -7,8 +7,7 @@ which never builds the (B, T, V) logits. `logits(h)` is for sampling.
 from dataclasses import dataclass
 
 import torch
-import torch.nn as nn
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanokl.checkpoint import Pretrained
 from nanokl.transformer import Transformer, TransformerConfig

@@ -2,8 +2,8 @@
 
 Logits z = (h W^T + b) / T give log p = z - lse with lse = log sum_v exp z_v. `linear_logprob`
 takes blocks of rows (tokens) and the whole vocabulary of each, so every statistic is exact in one
-pass; backward makes the logits again unless what it needs is small enough to keep. Also: mean and
-whitening of masked tokens. Left out: second derivatives, soft-caps, a sharded V.
+pass; backward makes the logits again unless what it needs is small enough to keep. Also: means and
+whitening under a mask. Left out: second derivatives, soft-caps, a sharded V.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 KEEP_BYTES = 128 << 20  # up to here p - 1_y is kept for backward: 6 N V C flops instead of 8
 LOG_ZERO = -1e30  # log p of an impossible token: finite, so that p log p is 0 and not nan
@@ -36,11 +35,9 @@ def linear_logprob(h: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor |
     False is not read and gets gradient 0. `vocab`: columns of a padded head that are true ones.
     `ref` = (h_ref, weight_ref[, bias_ref]), divided by the same temperature, gets no gradient.
     Products run in autocast's dtype where that is on, else in h's; statistics, results and the sum
-    of dW over blocks in float32 (float64 for float64). Any upstream gradient of each token is
-    right, once. `chunk`: rows of a block.
+    of dW over blocks in float32 (float64 for float64). `chunk`: rows of a block.
     """
-    assert h.shape[:-1] == targets.shape, (h.shape, targets.shape)
-    assert h.shape[-1] == weight.shape[1], (h.shape, weight.shape)
+    assert h.shape == (*targets.shape, weight.shape[1]), (h.shape, targets.shape, weight.shape)
     assert mask is None or (mask.dtype == torch.bool and mask.shape == targets.shape), mask.dtype
     assert temperature > 0 and 0 < (vocab or 1) <= len(weight), (temperature, vocab, len(weight))
     heads = [(h, weight, bias)]
@@ -113,7 +110,8 @@ class _LinearLogProb(torch.autograd.Function):
                 lse[i], p = _lse(z, probabilities=plan.keep or plan.entropy or bool(q))
                 logp[i] = z.gather(1, y[i]) - lse[i]
                 if plan.keep:
-                    g.copy_(_minus_one(p, y[i]))
+                    # p - 1_y before any rounding to 16 bits: 1 - p_y may be lost in that
+                    g.copy_(p.scatter_add_(1, y[i], -torch.ones_like(lse[i])))
                 elif p is not None:
                     log_p = _log_softmax(z, lse[i])
                 if plan.entropy:
@@ -126,7 +124,7 @@ class _LinearLogProb(torch.autograd.Function):
         return logp, lse, H if plan.entropy else None, KL if len(heads) > 1 else None
 
     @staticmethod
-    @once_differentiable
+    @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream):
         plan, (x, w), needs = ctx.plan, ctx.saved_tensors[6:8], ctx.needs_input_grad[2:5]
         dh = torch.empty_like(x, dtype=ctx.h_dtype) if needs[0] else None
@@ -159,7 +157,7 @@ def _dlogits(saved: tuple, upstream: tuple, plan: _Plan) -> Iterator[tuple[slice
         for i, g, z, *q in _tiles(heads, block, dz, plan):
             log_p = _log_softmax(z, lse[i])
             if plain:
-                g.copy_(_minus_one(log_p.exp_(), y[i]))
+                g.copy_(log_p.exp_().scatter_add_(1, y[i], -torch.ones_like(lse[i])))
                 continue
             factor = log_p * B[i] + A[i]
             if q:
@@ -211,11 +209,6 @@ def _lse(z: Tensor, *, probabilities: bool = False) -> tuple[Tensor, Tensor | No
 
 def _log_softmax(z: Tensor, lse: Tensor) -> Tensor:
     return z.sub_(lse).clamp_(min=LOG_ZERO)
-
-
-def _minus_one(p: Tensor, y: Tensor) -> Tensor:
-    """p - 1_y in place, before any rounding to 16 bits: 1 - p_y may be lost in that."""
-    return p.scatter_add_(1, y, p.new_full(y.shape, -1))
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

@@ -70,12 +70,9 @@ def write_json(path: Path, obj) -> None:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a JSONL file, none of a missing one; UserError names a damaged line.
-
-    A last line without its end (a crash, or a run at work) is left out.
-    """
+    """The whole lines of a JSONL file, none of a missing one; UserError names a damaged line."""
     rows, text = [], path.read_bytes() if path.exists() else b""
-    for number, line in enumerate(text.split(b"\n")[:-1], 1):
+    for number, line in enumerate(text.split(b"\n")[:-1], 1):  # but a half: a crash, a run at work
         try:
             rows.append(dict(json.loads(line)))
         except (ValueError, TypeError):
@@ -96,13 +93,12 @@ def _show(metrics: dict, prefix: str = "") -> list[str]:
     return texts
 
 
-class Log:
+class Log(contextlib.AbstractContextManager):
     """The log of one run: rows in OUT/metrics.jsonl, a status on the screen, OUT/summary.json.
 
     step, total count in `unit` ("step", "batch"); metrics are numbers, names with units.
-    A resumed run passes the step of its checkpoint: later rows are dropped, so that the file ends
-    up as that of a run without interruption. `seconds` counts the training time of all sittings.
-    Processes other than the main one (is_main False) write and print nothing.
+    A resumed run passes its checkpoint's step: later rows are dropped, as if it had never stopped.
+    `seconds` counts all sittings. Only the main process (is_main) writes and prints.
     """
 
     def __init__(self, out: Path, *, total: int, unit: str, is_main=True, resume_step=0):
@@ -121,11 +117,25 @@ class Log:
 
     def step(self, step: int, **metrics) -> None:
         """Log one training step and, when it is time, show step/total, rate, ETA and metrics."""
-        if self.is_main:
-            self._row(step, metrics)
-            wait = TTY_SECONDS if sys.stdout.isatty() else LINE_SECONDS
-            if time.monotonic() - self.marks[-1][0] >= wait or step >= self.total:
-                self._status(step, metrics)
+        if not self.is_main:
+            return
+        self._row(step, metrics)
+        now, tty = time.monotonic(), sys.stdout.isatty()
+        if now - self.marks[-1][0] < (TTY_SECONDS if tty else LINE_SECONDS) and step < self.total:
+            return
+        # A recent rate: one slow step (compiling, a pause) does not spoil the ETA for long.
+        then, step_then = self.marks[0]
+        self.marks.append((now, step))
+        rate = (step - step_then) / max(now - then, 1e-9)
+        eta = duration((self.total - step) / rate if rate > 0 else math.inf)
+        text = (f"{self.out.name} {step:,}/{self.total:,} {self.unit}  {rate:.3g} {self.unit}/s"
+                f"  ETA {eta}  {'  '.join(_show(metrics))}")
+        if tty:
+            width = shutil.get_terminal_size().columns - 1  # a wrapped line cannot be overwritten
+            print("\r\x1b[K" + text[:width], end="", flush=True)
+            self.dirty = True
+        else:
+            self.line(text)
 
     def event(self, step: int, **metrics) -> None:
         """Log an evaluation: a row, and always a line of its own."""
@@ -138,9 +148,6 @@ class Log:
         if self.is_main:
             print(("\r\x1b[K" if self.dirty else "") + text, flush=True)
             self.dirty = False
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         """Leave the file closed and the cursor on a fresh line, whatever ended the run."""
@@ -157,13 +164,13 @@ class Log:
         gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
         parts = [platform.system(), platform.machine(), f"{os.cpu_count()} CPU cores", *gpu,
                  f"Python {platform.python_version()}", f"torch {torch.__version__}"]
-        about = {"version": __version__, "machine": ", ".join(parts),
+        about = {"wall_seconds": wall, "version": __version__, "machine": ", ".join(parts),
                  "date": datetime.now(timezone.utc).isoformat(" ", "seconds")}
         with contextlib.suppress(ImportError):  # no such module on Windows
             import resource
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB; bytes on macOS
             about["peak_memory_gib"] = peak / (2**30 if sys.platform == "darwin" else 2**20)
-        write_json(self.out / "summary.json", {"wall_seconds": wall, **about, **summary})
+        write_json(self.out / "summary.json", {**about, **summary})
         self.line(f"{self.out.name} done in {duration(wall)}")
         for text in _show(summary):
             self.line(f"  {text}")
@@ -172,22 +179,3 @@ class Log:
     def _row(self, step: int, metrics: dict) -> None:
         seconds = round(time.monotonic() - self.start, 3)
         self.file.write(_dumps({"step": step, "seconds": seconds, **metrics}))
-
-    def _status(self, step: int, metrics: dict) -> None:
-        """Show `gpt 120/1,000 step  12.3 step/s  ETA 0:01:12  loss_nats_per_token 3.21`.
-
-        The rate is a recent one: a slow first step (compiling, cold caches) or a pause of the
-        machine does not spoil the ETA for long.
-        """
-        now, (then, step_then) = time.monotonic(), self.marks[0]
-        self.marks.append((now, step))
-        rate = (step - step_then) / max(now - then, 1e-9)
-        eta = duration((self.total - step) / rate if rate > 0 else math.inf)
-        text = (f"{self.out.name} {step:,}/{self.total:,} {self.unit}  {rate:.3g} {self.unit}/s"
-                f"  ETA {eta}  {'  '.join(_show(metrics))}")
-        if sys.stdout.isatty():
-            width = shutil.get_terminal_size().columns - 1  # a wrapped line cannot be overwritten
-            print("\r\x1b[K" + text[:width], end="", flush=True)
-            self.dirty = True
-        else:
-            self.line(text)

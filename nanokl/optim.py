@@ -18,8 +18,7 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 def orthogonalize(x: Tensor, *, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
     """About U V^T of each matrix U S V^T, by Newton-Schulz iteration; zeros stay zeros.
 
-    x (N, m, n) -> (N, m, n) in `dtype`; singular values come out in .68 to 1.21 if above .002 of
-    the matrix's Frobenius norm, else smaller.
+    x (N, m, n) -> (N, m, n) in `dtype`; singular values above .002 |x|_F end up in .68 to 1.21.
     """
     a, b, c = QUINTIC
     x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
@@ -40,9 +39,8 @@ class Muon(torch.optim.Optimizer):
         W <- W - lr (weight_decay W + .2 sqrt(max(m, n)) O)
 
     .2 sqrt(max(m, n)) gives the update the size of AdamW's, so that its lr and weight decay serve
-    (Liu et al. 2025, Muon is scalable). `split` matrices that are fused along dim 0, such as
-    query, key and value, are orthogonalised apart. Equal shapes share one batched product in
-    `dtype`; bfloat16 is enough. A parameter without gradient is left alone.
+    (Liu et al. 2025, Muon is scalable). The `split` parts of a matrix along dim 0, such as query,
+    key and value, are orthogonalised apart; all in `dtype`, where bfloat16 is enough.
     """
 
     def __init__(self, params, lr: float, *, weight_decay: float = 0.0, momentum: float = 0.95,
@@ -81,11 +79,7 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(model: nn.Module, *, lr: float, muon_lr: float, weight_decay: float,
                     betas: tuple[float, float], dtype: torch.dtype = torch.float32,
                     ) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices in `blocks.`, AdamW for embeddings, heads, biases and gains.
-
-    Biases and gains (1-D) do not decay; frozen parameters are left out. `dtype` is that of Muon's
-    products. Each group keeps its lr as `initial_lr`. Raises UserError for values out of range.
-    """
+    """Muon for matrices in `blocks.`, AdamW for the rest (1-D: no decay); UserError: bad values."""
     for name, value in (("lr", lr), ("muon_lr", muon_lr)):
         if not 0 < value < math.inf:
             raise UserError(f"{name} is {value}: give a number above 0, such as 0.003")
@@ -93,40 +87,29 @@ def make_optimizers(model: nn.Module, *, lr: float, muon_lr: float, weight_decay
         raise UserError(f"weight_decay is {weight_decay}: give 0 or more")
     if not all(0 <= beta < 1 for beta in betas):
         raise UserError(f"betas are {betas}: give two numbers from 0 to below 1")
-    groups: dict[str, list[nn.Parameter]] = {"qkv": [], "block": [], "matrix": [], "vector": []}
+    by_split, by_decay = {3: [], 1: []}, {True: [], False: []}
     for name, p in model.named_parameters():  # a tied weight comes once
-        if p.requires_grad:
-            groups[_kind(name, p)].append(p)
-    muon = [{"params": groups[kind], "split": split}
-            for kind, split in (("qkv", 3), ("block", 1)) if groups[kind]]
-    adamw = [{"params": groups[kind], "weight_decay": decay}
-             for kind, decay in (("matrix", weight_decay), ("vector", 0.0)) if groups[kind]]
-    optimizers: list[torch.optim.Optimizer] = []
+        if p.requires_grad and p.ndim == 2 and "blocks." in name:
+            by_split[3 if name.endswith("qkv.weight") else 1].append(p)
+        elif p.requires_grad:
+            by_decay[p.ndim > 1].append(p)
+    muon = [{"params": ps, "split": split} for split, ps in by_split.items() if ps]
+    adamw = [{"params": ps, "weight_decay": weight_decay * on} for on, ps in by_decay.items() if ps]
+    optimizers = []
     if muon:
         optimizers.append(Muon(muon, muon_lr, weight_decay=weight_decay, dtype=dtype))
     if adamw:
         fused = all(p.device.type in ("cpu", "cuda") for group in adamw for p in group["params"])
         optimizers.append(torch.optim.AdamW(adamw, lr=lr, betas=betas, fused=fused))
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["initial_lr"] = group["lr"]
+        group["initial_lr"] = group["lr"]  # for set_lr
     return optimizers
-
-
-def _kind(name: str, p: nn.Parameter) -> str:
-    if p.ndim < 2:
-        return "vector"
-    if p.ndim == 2 and "blocks." in name:
-        return "qkv" if name.endswith("qkv.weight") else "block"
-    return "matrix"
 
 
 # scale(step) = min(up, final + (1 - final) down), up = (step + 1) / warmup,
 # down = (total - step) / (decay total), both at most 1; after the last step it is `final`.
 def lr_scale(step: int, total: int, *, warmup: int, decay: float, final: float = 0.0) -> float:
-    """The share of the peak learning rate at `step` (0 to total): up, constant, down to `final`.
-
-    `warmup` counts steps, `decay` is a share of the run; UserError for values out of range.
-    """
+    """Share of the peak rate (`warmup` in steps, `decay` of the run); UserError: out of range."""
     if warmup < 0 or not 0 <= decay <= 1 or not 0 <= final <= 1:
         raise UserError(f"warmup is {warmup}, decay {decay}, final {final}: give warmup of 0 or "
                         "more steps, decay and final from 0 to 1")

@@ -173,11 +173,7 @@ def samples(path: Path) -> str:
 
 
 def write_report(run: Path) -> Path:
-    """Write RUN/report.html, RUN/summary.json and RUN/figures/*.png; return the page's path.
-
-    A stage without files is left out, and the page says so. UserError: no stage at all, a damaged
-    file, no matplotlib.
-    """
+    """Write RUN/report.html, summary.json, figures/*.png; UserError: no stage, a damaged file."""
     run = Path(run)
     stages = {name: read_stage(run / name) for name in STAGES}
     if not any(stage.summary or stage.rows for stage in stages.values()):

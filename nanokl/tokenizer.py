@@ -2,10 +2,8 @@ r"""Byte-level BPE: trained here, exactly and reproducibly; run by tiktoken.
 
 A pattern cuts the text into chunks (words, numbers, punctuation, spaces). Each chunk starts as its
 UTF-8 bytes, and the merges, in the order in which they were learnt, join neighbours inside it.
-Every byte is a token, so every text has ids and none is "unknown".
-
-Left out: WordPiece and Unigram; normalisation but for lower-casing, which has to be asked for;
-training in parallel; special tokens written in a text (it stays plain: only code places them).
+Every byte is a token, so every text has ids and none is "unknown". Left out: WordPiece, Unigram,
+normalisation but for lower-casing on demand, special tokens in a text (only code places them).
 """
 
 import base64
@@ -113,10 +111,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder_or_name: str | Path) -> "Tokenizer":
-        """Read a saved tokenizer from its folder or file, or "gpt2" through tiktoken.
-
-        UserError if it is missing, truncated, of another format or inconsistent.
-        """
+        """A saved tokenizer from its folder or file, or "gpt2"; UserError if missing or damaged."""
         if folder_or_name == "gpt2":
             return cls._gpt2()
         path = Path(folder_or_name)
@@ -152,8 +147,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, pattern: str = PATTERN,
     """Learn byte-pair merges from texts until the vocabulary, specials counted, is full.
 
     `lowercase`: it, and encode, lower-case their texts first, and decode gives no capitals back.
-    It stops earlier, with a smaller vocabulary, when no pair occurs twice. The result depends on
-    how often each chunk occurs and on nothing else: not on the order of texts, nor on the machine.
+    It stops early when no pair occurs twice. How often each chunk occurs decides everything.
     UserError if vocab_size is below 256 + specials, the texts are empty or the pattern is wrong.
     """
     n_merges = vocab_size - 256 - len(specials)
@@ -163,17 +157,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, pattern: str = PATTERN,
     texts = [texts] if isinstance(texts, str) else texts
     chunks = _count_chunks((t.lower() if lowercase else t for t in texts), pattern)
     tokens = [bytes([b]) for b in range(256)]
-    words = [list(_utf8(chunk)) for chunk in chunks]
+    words = [_utf8(chunk).decode("latin-1") for chunk in chunks]
     for left, right in _learn_merges(words, list(chunks.values()), n_merges):
-        tokens.append(tokens[left] + tokens[right])
+        tokens.append(tokens[ord(left)] + tokens[ord(right)])
     return Tokenizer(tokens, specials=specials, pattern=pattern, lowercase=lowercase)
 
 
 def _count_chunks(texts: Iterable[str], pattern: str) -> Counter[str]:
     """How often each chunk occurs, cut by `regex`; tiktoken cuts with another engine.
 
-    The two agree on every character but those newer than the older one's Unicode tables: a rare
-    chunk may be counted otherwise than it is encoded, which costs compression, never exactness.
+    On characters too new for one's Unicode tables they differ: this costs compression, no more.
     """
     try:
         splitter = regex.compile(pattern)
@@ -194,15 +187,13 @@ def _count_chunks(texts: Iterable[str], pattern: str) -> Counter[str]:
 
 
 # Sennrich, Haddow & Birch (2016), algorithm 1. With n_w the occurrences of the unique chunk w, a
-# sequence of token ids that gets shorter merge by merge:
-#
+# string of one character chr(id) for each token, which gets shorter merge by merge:
 #     count(a, b) = sum_w n_w |{i : (w_i, w_i+1) = (a, b)}|      overlaps count: aaa holds aa twice
 #     next merge  = the pair of the largest count >= 2; of those, the smallest (a, b) by token id
-#
 # Recounting at each merge costs merges x corpus. Here a merge only visits the chunks that hold its
 # pair. No two merges ever make the same bytes: a span between two token boundaries has only ever
 # been merged from within, left to right, so at each step equal bytes are cut alike everywhere.
-def _learn_merges(words: list[list[int]], n: list[int], n_merges: int) -> list[tuple[int, int]]:
+def _learn_merges(words: list[str], n: list[int], n_merges: int) -> list[tuple[str, str]]:
     count, where = defaultdict(int), defaultdict(set)  # where: the chunks that (may) hold a pair
     for w, word in enumerate(words):
         for pair in pairwise(word):
@@ -217,9 +208,9 @@ def _learn_merges(words: list[list[int]], n: list[int], n_merges: int) -> list[t
             continue  # out of date: the change of its count has pushed another entry
         change = defaultdict(int)
         for w in where.pop(best):
-            old, words[w] = words[w], _merge(words[w], best, 256 + len(merges))
-            for pair in pairwise(old):
+            for pair in pairwise(words[w]):
                 change[pair] -= n[w]
+            words[w] = words[w].replace("".join(best), chr(256 + len(merges)))
             for pair in pairwise(words[w]):
                 change[pair] += n[w]
                 where[pair].add(w)
@@ -229,16 +220,6 @@ def _learn_merges(words: list[list[int]], n: list[int], n_merges: int) -> list[t
             if difference and count[pair] > 1:
                 heapq.heappush(heap, (-count[pair], pair))
     return merges
-
-
-def _merge(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
-    """Put `new` in the place of each `pair`, from the left: aaa becomes (aa) a."""
-    out, i, (left, right) = [], 0, pair
-    while i < len(word):
-        joins = word[i] == left and i + 1 < len(word) and word[i + 1] == right
-        out.append(new if joins else word[i])
-        i += 2 if joins else 1
-    return out
 
 
 def _utf8(text: str) -> bytes:

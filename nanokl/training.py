@@ -28,16 +28,12 @@ def seed_step(seed: int, step: int, runtime: Runtime) -> None:
 
 def gradient_step(loss: Tensor, parameters, optimizers, *, max_grad_norm: float, step: int,
                   out: Path) -> Tensor:
-    """One update down the gradient of loss; returns the gradient's norm before clipping.
-
-    A loss or gradient that is not finite raises NonFiniteLoss before any weight has moved, so
-    that nothing spoilt can be saved over the last good checkpoint, which it names.
-    """
+    """One update; returns the norm before clipping. NonFiniteLoss comes before any weight moves."""
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    check_finite(bool(loss.isfinite() & norm.isfinite()), step, out)
+    check_finite(bool(loss.isfinite() & norm.isfinite()), step, out)  # so nothing spoilt is saved
     for optimizer in optimizers:
         optimizer.step()
     return norm

@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanokl import UserError, require_positive
 
@@ -62,10 +61,8 @@ class KVCache:
     """Keys and values of the positions seen so far: two (L, B, H, T, D) blocks, filled in place."""
 
     def __init__(self, config: TransformerConfig, batch: int, length: int, *, device, dtype):
-        D = config.n_embd // config.n_head
-        shape = (config.n_layer, batch, config.n_head, length, D)
-        self.k = torch.empty(shape, device=device, dtype=dtype)
-        self.v = torch.empty(shape, device=device, dtype=dtype)
+        shape = (config.n_layer, batch, config.n_head, length, config.n_embd // config.n_head)
+        self.k, self.v = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
         self.pos = 0  # positions filled
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,8 +100,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor, mask: Tensor | None, rotary, cache: KVCache | None) -> Tensor:
-        B, T, C = x.shape
-        H = self.config.n_head
+        (B, T, C), H = x.shape, self.config.n_head
         qkv = self.qkv(x)
         if qkv.dtype is torch.bfloat16 and x.device.type == "cpu":  # far slower kernels there
             qkv = qkv.float()
@@ -138,6 +134,9 @@ class SquaredReLU(torch.autograd.Function):
         return (grad * r).mul_(2)
 
 
+ACTIVATIONS = {"relu2": SquaredReLU.apply, "gelu": F.gelu, "gelu_tanh": nn.GELU("tanh")}
+
+
 class MLP(nn.Module):
     """down(act(up(x))), four times as wide inside."""
 
@@ -148,12 +147,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.up(x)
-        if self.activation == "relu2":
-            x = SquaredReLU.apply(x)
-        else:
-            x = F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
-        return self.down(x)
+        return self.down(ACTIVATIONS[self.activation](self.up(x)))
 
 
 def make_norm(config: TransformerConfig) -> nn.Module:
@@ -204,15 +198,12 @@ class Transformer(nn.Module):
     def init_weights(self, rng: torch.Generator) -> None:
         """N(0, .02) for matrices (GPT-2), 0 for biases and, under zero_init, for projections."""
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
+            closing = name.endswith(("attn.proj.weight", "mlp.down.weight"))
+            if name.endswith("bias") or (closing and self.config.zero_init):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:
-                closing = name.endswith(("attn.proj.weight", "mlp.down.weight"))
-                if closing and self.config.zero_init:
-                    nn.init.zeros_(parameter)
-                else:
-                    depth = (2 * self.config.n_layer) ** 0.5 if closing else 1.0
-                    nn.init.normal_(parameter, std=0.02 / depth, generator=rng)
+                depth = (2 * self.config.n_layer) ** 0.5 if closing else 1.0
+                nn.init.normal_(parameter, std=0.02 / depth, generator=rng)
 
     def new_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache for `batch` rows of up to `length` tokens."""
@@ -222,14 +213,12 @@ class Transformer(nn.Module):
         return KVCache(self.config, batch, length, device=device, dtype=dtype)
 
     def _attention_mask(self, mask: Tensor | None, T: int, pos: int) -> Tensor | None:
-        """True where a query may look: (B or 1, 1, T, pos + T); None where is_causal says it."""
+        """True where a query may look: ([B, 1,] T, pos + T); None where is_causal says it."""
         if mask is not None:
             mask = mask[:, None, None, :]  # padded keys are invisible
-            if self.config.causal:
-                mask = mask & torch.ones(T, T, dtype=torch.bool, device=mask.device).tril()
-        elif self.config.causal and pos and T > 1:  # later tokens in one go: offset diagonal
-            mask = torch.ones(T, pos + T, dtype=torch.bool, device=self.wte.weight.device)
-            mask = mask.tril(pos)[None, None]
+        if self.config.causal and (mask is not None or (pos and T > 1)):  # offset diagonal
+            past = torch.ones(T, pos + T, dtype=torch.bool, device=self.wte.weight.device).tril(pos)
+            mask = past if mask is None else mask & past
         return mask
 
     def embed(self, idx: Tensor, segment: Tensor | None = None, pos: int = 0) -> Tensor:
@@ -245,8 +234,7 @@ class Transformer(nn.Module):
                 cache: KVCache | None = None) -> Tensor:
         """Hidden states (B, T, C) of idx (B, T); mask (B, T) is False at padding.
 
-        With a cache, idx holds the tokens that follow those already in it. Padding on the right
-        of a causal model needs no mask: nothing looks at it.
+        With a cache, idx holds what follows. A causal model never looks at padding on the right.
         """
         B, T = idx.shape
         pos = cache.pos if cache is not None else 0
