@@ -7,6 +7,7 @@ weights and no configuration file here.
 import contextlib
 import ctypes
 import errno
+import gc
 import hashlib
 import io
 import os
@@ -205,30 +206,34 @@ def run_program(main: Callable[[], None]) -> None:
 
     NonFiniteLoss is exit status 3, Ctrl-C 130. Other exceptions are bugs and keep their traceback.
     """
+    status: int | str | None = None
     try:
         main()
-    except UserError as error:
-        _leave(str(error), 2)
-    except NonFiniteLoss as error:
-        _leave(str(error), 3)
+    except SystemExit as leave:
+        status = leave.code
+    except (UserError, NonFiniteLoss) as error:
+        status = _complain(str(error), 2 if isinstance(error, UserError) else 3)
     except KeyboardInterrupt:
-        _leave("interrupted; nothing was saved after the last checkpoint", 130)
+        status = _complain("interrupted; nothing was saved after the last checkpoint", 130)
     except BrokenPipeError:  # the reader of our output (head, less) has gone: nothing to tell it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
+        status = 1
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         where = f": {error.filename}" if error.filename else ""
-        todo = "; what was saved before is intact: make room and go on with --resume"
-        _leave(f"{error.strerror or error}{where}{todo if full else ''}", 2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where += "; what was saved before is intact: make room and go on with --resume"
+        status = _complain(f"{error.strerror or error}{where}", 2)
+    if dist.is_initialized():
+        gc.collect()  # A DDP module must go before its group: freed after it, it can hang in
+        # ending gloo's threads while it holds the lock that they wait for.
+        dist.destroy_process_group()
+    if status is not None:
+        raise SystemExit(status)
 
 
-def _leave(message: str, status: int) -> None:
+def _complain(message: str, status: int) -> int:
     print("error:", " ".join(message.split()), file=sys.stderr)
-    raise SystemExit(status)
+    return status
 
 
 def parse_flags(subcommands: dict[str, type] | type, *, prog: str, description: str,
@@ -246,7 +251,7 @@ def parse_flags(subcommands: dict[str, type] | type, *, prog: str, description: 
     except SystemExit as error:
         if error.code in (0, None):  # --help
             raise
-        _leave(_flatten(box.getvalue()), 2)
+        raise SystemExit(_complain(_flatten(box.getvalue()), 2)) from None
 
 
 def _flatten(box: str) -> str:

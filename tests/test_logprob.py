@@ -1,6 +1,7 @@
 """logprob.py against dense float64 log_softmax under autograd, closed forms, and its promises."""
 
 import math
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -372,14 +373,17 @@ def head_batch():
 
 
 def ddp_gradients(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2,
+                            timeout=timedelta(seconds=60))
     model = torch.nn.parallel.DistributedDataParallel(Head())
     x, y, mask = (t[rank : rank + 1] for t in head_batch())
     for _ in range(2):  # the second would hang if the first left a gradient out
         model.zero_grad()
         model(x, y, mask).backward()
+    gradients = [p.grad for p in model.parameters()]
+    del model  # before its group: see run_program
     dist.destroy_process_group()
-    return [p.grad for p in model.parameters()]
+    return gradients
 
 
 def second(_index, folder):
