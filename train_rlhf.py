@@ -17,7 +17,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from nanokl import (
     UserError,
     checkpoint,
-    data,
     judgements,
     metrics,
     optim,
@@ -29,13 +28,7 @@ from nanokl import runtime as rt
 from nanokl.evaluation import Stage, compare, prompt_docs
 from nanokl.generate import Rollout
 from nanokl.gpt import GPT
-from nanokl.reward import (
-    TRUNKS,
-    RewardModel,
-    bradley_terry,
-    load_reward,
-    pair_report,
-)
+from nanokl.reward import TRUNKS, RewardModel, bradley_terry, load_reward, pair_report
 from nanokl.tokenizer import Tokenizer
 
 
@@ -72,6 +65,7 @@ class RewardFlags(Flags, ppo.SamplingConfig):
     weight_decay: float = 0.3
     dropout: float = 0.1  # in the trunk and before the head
     word_dropout: float = 0.1  # share of tokens hidden by [MASK]
+    ngram_dropout: float = 0.6  # share of n-grams hidden
     warmup: int = 20  # steps of linear warm-up
     decay: float = 0.8  # last part of the run in which the rate falls linearly to 0
     eval_every: int = 50  # steps between passes over the validation pairs
@@ -82,8 +76,9 @@ class RewardFlags(Flags, ppo.SamplingConfig):
         Flags.__post_init__(self)
         ppo.SamplingConfig.__post_init__(self)
         require_positive(self, "eval_every", "patience", "n_samples")
-        if not 0 <= self.word_dropout < 1:
-            raise UserError(f"word_dropout is {self.word_dropout}: give 0 <= word_dropout < 1")
+        for name in ("word_dropout", "ngram_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: give 0 <= {name} < 1")
 
 
 @dataclass(kw_only=True)
@@ -159,7 +154,7 @@ def comparison_loss(model, core, flags: RewardFlags, tokenizer, j, step: int,
     """Bradley-Terry on this process's groups: one forward pass a snippet, all pairs compared."""
     rows, wins, valid = judgements.comparison_groups(
         j, step, n_groups=flags.n_groups, group_size=flags.group_size, seed=flags.seed)
-    share = valid.sum() / runtime.world  # the mean is over the pairs of all processes
+    share = 2 * valid.sum() / runtime.world  # the mean is over the pairs of all processes
     domain = torch.from_numpy(j.domains)[rows]  # (G, K)
     rng = rt.generator(flags.seed, "words", step)
     if "lexicon" in j.domain_names:  # a word is read as if it stood in a snippet of any domain
@@ -168,13 +163,13 @@ def comparison_loss(model, core, flags: RewardFlags, tokenizer, j, step: int,
         domain = torch.where(domain == words, other, domain)
     hide = torch.rand(*rows.shape, core.trunk.config.block_size, generator=rng) < flags.word_dropout
     rows, wins, valid, domain, hide = map(runtime.shard, (rows, wins, valid, domain, hide))
-    idx, mask = data.text_batch(tokenizer, [j.texts[r] for r in rows.flatten()],
-                                block_size=core.trunk.config.block_size)
+    idx, *rest = core.inputs(tokenizer, [j.texts[r] for r in rows.flatten()], domain.flatten())
     idx[hide.flatten(0, 1)[:, : idx.shape[1]]] = tokenizer.special("[MASK]")
     with runtime.autocast():
-        score = model(*(x.to(runtime.device) for x in (idx, mask, domain.flatten())))
-    score = score.view(rows.shape)
-    loss, info = bradley_terry(score, wins.to(runtime.device), valid.to(runtime.device))
+        margins = model(*(x.to(runtime.device) for x in (idx, *rest)))  # (GK, 2)
+    margins = margins.T.reshape(-1, rows.shape[1])  # (2G, K): each part is asked about every pair
+    wins, valid = (x.repeat(2, 1, 1).to(runtime.device) for x in (wins, valid))
+    loss, info = bradley_terry(margins, wins, valid)
     return loss * info["n_pairs"] / share
 
 
@@ -207,7 +202,8 @@ def train_reward(flags: RewardFlags) -> None:
     torch.manual_seed(flags.seed)  # the head
     train, val, test = (judgements.Judgements.load(flags.data, s) for s in ("train", "val", "test"))
     yardstick = reference_rollout(flags, tokenizer, runtime)  # now: a wrong flag shows at once
-    core = RewardModel.on(trunk, n_domain=len(train.domain_names), dropout=flags.dropout)
+    core = RewardModel.on(trunk, n_domain=len(train.domain_names), dropout=flags.dropout,
+                          ngram_dropout=flags.ngram_dropout)
     core.to(runtime.device)
     optimizers = optim.make_optimizers(core, lr=flags.lr, muon_lr=flags.muon_lr, betas=(0.9, 0.98),
                                        weight_decay=flags.weight_decay, dtype=runtime.dtype)

@@ -15,7 +15,7 @@ Glossary
 Reading order
     transformer, gpt, generate, train_pretrain.py      a language model
     tokenizer, data, bert                              its text, and an encoder
-    logprob, reward, ppo, train_rlhf.py                from human ratings to a policy
+    logprob, ngrams, reward, ppo, train_rlhf.py        from human ratings to a policy
     optim, runtime, checkpoint, metrics, report        what every run needs
 """
 

@@ -20,6 +20,7 @@ from nanokl.bert import BERT
 from nanokl.data import text_batch
 from nanokl.gpt import GPT
 from nanokl.judgements import Judgements, human_pairs
+from nanokl.ngrams import NgramScore, ngrams
 from nanokl.tokenizer import Tokenizer
 
 RewardFunction = Callable[[list[list[int]], list[str]], Sequence[float]]
@@ -31,15 +32,19 @@ class RewardConfig:
     trunk: str = "BERT"  # BERT or GPT
     trunk_config: dict = field(default_factory=dict)  # the trunk's own config
     dropout: float = 0.0  # on the pooled hidden state, in train mode only
+    ngram_dropout: float = 0.0  # share of n-grams hidden, in train mode only
+    buckets: int = 1 << 20  # weights of the n-grams, which are hashed into them
 
 
 class RewardModel(nn.Module):
-    """score = gain * (w . [pool(h), mean(x)]) + bias, (B,).
+    """score = gain * mean(encoder, linear) + bias, (B,).
 
-    pool(h) is the mean over an encoder's real tokens, or a causal model's last one, which alone
-    has seen the whole text. mean(x), of the blocks' input, is a bag of words: most of what a
-    small model knows about sentiment, and it takes no depth to learn. The domain of a text goes
-    in as BERT's segment embedding, added to every token: people rate news by another measure.
+    encoder = w . [pool(h), mean(x)]: pool(h) is the mean over an encoder's real tokens, or a causal
+    model's last one, which alone has seen the whole text; mean(x), of the blocks' input, is a bag
+    of words. linear is a sum over n-grams (ngrams.py). Each learns as if it were alone, since of
+    two that are trained on their sum the faster one leaves the other nothing to learn; that they
+    err in different places is what the mean is for. The domain of a text goes in as BERT's segment
+    embedding, added to every token: people rate news by another measure than films.
     """
 
     Config = RewardConfig
@@ -57,14 +62,16 @@ class RewardModel(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.score = nn.Linear(2 * C, 1, bias=False)  # comparisons cannot see a constant
         nn.init.normal_(self.score.weight, std=(2 * C + 1) ** -0.5)  # Ziegler et al. 2019
+        self.linear = NgramScore(config.buckets, config.ngram_dropout)
         self.register_buffer("gain", torch.ones(()))
         self.register_buffer("bias", torch.zeros(()))
 
     @classmethod
-    def on(cls, trunk: nn.Module, *, n_domain: int, dropout: float = 0.0) -> "RewardModel":
+    def on(cls, trunk: nn.Module, *, n_domain: int, dropout: float = 0.0,
+           ngram_dropout: float = 0.0) -> "RewardModel":
         """A fresh head on a pretrained trunk (its weights are copied), one segment a domain."""
         config = {**asdict(trunk.config), "n_segment": n_domain, "dropout": dropout}
-        model = cls(RewardConfig(type(trunk).__name__, config, dropout))
+        model = cls(RewardConfig(type(trunk).__name__, config, dropout, ngram_dropout))
         weights = trunk.state_dict()
         first = weights["wse.weight"][0] if trunk.config.n_segment else torch.zeros(())
         weights["wse.weight"] = first.expand_as(model.trunk.wse.weight)
@@ -80,12 +87,18 @@ class RewardModel(nn.Module):
             top = (h * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         return torch.cat((top, mean), dim=1)
 
-    def forward(self, idx: Tensor, mask: Tensor, domain: Tensor) -> Tensor:
-        """Scores (B,), float32, of right-padded texts idx (B, T) with mask (B, T), domain (B,)."""
+    def inputs(self, tokenizer: Tokenizer, texts: Sequence[str], domain: Tensor) -> tuple:
+        """What forward takes: idx, mask (B, T); domain (B,); the n-grams' ids (N,), start (B,)."""
+        return (*text_batch(tokenizer, texts, block_size=self.trunk.config.block_size), domain,
+                *ngrams(texts, domain.tolist(), self.config.buckets))
+
+    def forward(self, idx: Tensor, mask: Tensor, domain: Tensor, ids: Tensor,
+                start: Tensor) -> Tensor:
+        """Margins (B, 2), float32, of encoder and linear part, before gain and bias."""
         segment = domain[:, None].expand_as(idx)
         h, x = self.trunk(idx, mask, segment), self.trunk.embed(idx, segment)
-        pooled = self.pool(h, x, mask)
-        return self.gain * self.score(self.drop(pooled)).float()[:, 0] + self.bias
+        encoder = self.score(self.drop(self.pool(h, x, mask))).float()[:, 0]
+        return torch.stack((encoder, self.linear(ids, start)), dim=1)
 
     @torch.no_grad()
     def normalise(self, score: Tensor) -> None:
@@ -111,9 +124,9 @@ class RewardModel(nn.Module):
         out = torch.empty(len(texts))
         for i in range(0, len(texts), batch):
             rows = order[i : i + batch]
-            idx, mask = text_batch(tokenizer, [texts[r] for r in rows],
-                                   block_size=self.trunk.config.block_size)
-            out[rows] = self(idx.to(device), mask.to(device), domain[rows].to(device)).cpu()
+            inputs = self.inputs(tokenizer, [texts[r] for r in rows], domain[rows])
+            margins = self(*(x.to(device) for x in inputs))  # (B, 2)
+            out[rows] = (self.gain * margins.mean(1) + self.bias).cpu()
         self.train(training)
         return out
 

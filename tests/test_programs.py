@@ -420,7 +420,7 @@ def both(python: Python, *words) -> list:
 
 @pytest.mark.parametrize("name", ["gpt", "bert", "reward", "ppo"])
 def test_two_processes_equal_one(python, demo, tmp_path, name):
-    flags = ["--dropout", 0] if name == "reward" else []
+    flags = ["--dropout", 0, "--ngram_dropout", 0] if name == "reward" else []
     python.ok(*stage(name, tmp_path / "one", *flags))
     words = stage(name, tmp_path / "two", *flags)
     if name == "gpt":  # once by the real launcher
@@ -484,6 +484,7 @@ BAD_FLAGS = {
         ("--group_size", 10**6, ["group_size"]), ("--n_groups", 0, ["n_groups"]),
         ("--eval_every", 0, ["eval_every is 0"]), ("--n_samples", 0, ["n_samples is 0"]),
         ("--patience", 0, ["patience is 0"]), ("--word_dropout", 2, ["word_dropout"]),
+        ("--ngram_dropout", 1, ["ngram_dropout is 1"]),
         ("--init", "runs/none", ["runs/none does not exist"]),
         ("--init", "runs/demo/reward", ["RewardModel", "BERT"]),
         ("--policy", "runs/none", ["runs/none does not exist"]),

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from nanokl import UserError, checkpoint
 from nanokl.bert import BERT
-from nanokl.data import text_batch
 from nanokl.gpt import GPT
 from nanokl.judgements import Judgements, comparison_groups, human_pairs
+from nanokl.ngrams import ngrams
 from nanokl.reward import (
     RewardModel,
     bootstrap_se,
@@ -60,6 +60,7 @@ def make_model(cls, seed=0, **options):
     model = RewardModel.on(make_trunk(cls, seed, **options), n_domain=3).eval()
     with torch.no_grad():
         model.trunk.wse.weight.add_(0.5 * torch.randn(3, model.trunk.config.n_embd))
+        model.linear.weight.normal_(0, 0.1)
     return model
 
 
@@ -127,30 +128,36 @@ def test_bradley_terry_by_hand():
 
 
 def by_hand(model, ids, domain):
-    """The score of one unpadded text from the trunk's embeddings and hidden states."""
+    """The encoder's margin of one unpadded text, from the trunk's embeddings and hidden states."""
     idx = torch.tensor([ids])
     segment = torch.full_like(idx, domain)
     h, x = model.trunk(idx, segment=segment)[0], model.trunk.embed(idx, segment)[0]
     pooled = torch.cat((h[-1] if type(model.trunk) is GPT else h.mean(0), x.mean(0)))
-    raw = pooled @ model.score.weight[0]
-    return (model.gain * raw + model.bias).item()
+    return (pooled @ model.score.weight[0]).item()
+
+
+def linear_by_hand(model, text, domain):
+    ids = ngrams([text], [domain], model.config.buckets)[0]
+    return (10 * model.linear.weight[ids].sum() / len(ids) ** 0.5).item()
 
 
 @pytest.mark.parametrize("cls", TRUNKS)
 def test_score_is_of_the_real_tokens_only(cls):
     """The last one of a causal trunk, the mean of an encoder; padding is unseen."""
     model = make_model(cls)
-    with torch.no_grad():
-        model.gain.fill_(1.5), model.bias.fill_(-0.5)
-    idx, mask = text_batch(BYTES, TEXTS, block_size=24)
-    score = model(idx, mask, DOMAINS)
-    assert score.shape == (len(TEXTS),) and score.dtype == torch.float32
+    idx, mask, domain, *grams = model.inputs(BYTES, TEXTS, DOMAINS)
+    assert torch.equal(domain, DOMAINS)
+    score, linear = model(idx, mask, domain, *grams).unbind(1)
+    assert score.shape == (len(TEXTS),) and score.dtype == linear.dtype == torch.float32
     expected = [by_hand(model, row[real].tolist(), domain)
                 for row, real, domain in zip(idx, mask, DOMAINS.tolist(), strict=True)]
     np.testing.assert_allclose(score.tolist(), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(linear.tolist(), [linear_by_hand(model, text, d) for text, d in
+                                                 zip(TEXTS, DOMAINS.tolist(), strict=True)],
+                               rtol=0, atol=1e-5)
     junk = torch.where(mask, idx, 7)
-    torch.testing.assert_close(model(junk, mask, DOMAINS), score, rtol=0, atol=1e-6)
-    other = model(idx, mask, torch.zeros_like(DOMAINS))
+    torch.testing.assert_close(model(junk, mask, DOMAINS, *grams)[:, 0], score, rtol=0, atol=1e-6)
+    other = model(idx, mask, torch.zeros_like(DOMAINS), *grams)[:, 0]
     assert score.std() > 0.1 and torch.equal(other != score, DOMAINS > 0)
 
 
@@ -188,7 +195,11 @@ def test_score_texts_depends_on_no_batch_and_no_order(cls):
     model = make_model(cls)
     spaced = [b" " + t.strip().encode() for t in TEXTS]  # a first word is like any other
     rows = ([BYTES.special("[CLS]"), *t[:22], BYTES.special("[SEP]")] for t in spaced)
-    expected = [by_hand(model, row, d) for row, d in zip(rows, DOMAINS.tolist(), strict=True)]
+    parts = [(by_hand(model, row, d), linear_by_hand(model, text, d))
+             for row, text, d in zip(rows, TEXTS, DOMAINS.tolist(), strict=True)]
+    with torch.no_grad():
+        model.gain.fill_(1.5), model.bias.fill_(-0.5)
+    expected = [1.5 * (a + b) / 2 - 0.5 for a, b in parts]
     order = [3, 0, 6, 2, 5, 1, 4]
     for batch in (1, 2, 3, 256):
         score = model.score_texts(BYTES, TEXTS, DOMAINS, batch=batch)
@@ -199,7 +210,8 @@ def test_score_texts_depends_on_no_batch_and_no_order(cls):
     assert not score.requires_grad and model.score_texts(BYTES, []).shape == (0,)
     same = model.score_texts(BYTES, TEXTS, 2)  # one domain for all
     torch.testing.assert_close(same, model.score_texts(BYTES, TEXTS, np.full(len(TEXTS), 2)))
-    long = ["x" * 21, "x" * 22, "x" * 500]  # cut at the context of 24, [CLS] and [SEP] included
+    torch.nn.init.zeros_(model.linear.weight)  # it reads all of a text, the encoder its context
+    long = ["x" * 21, "x" * 22, "x" * 500]  # cut at 24 tokens, [CLS] and [SEP] included
     a, b, c = model.score_texts(BYTES, long).tolist()
     assert a == b == c
 
@@ -207,7 +219,7 @@ def test_score_texts_depends_on_no_batch_and_no_order(cls):
 def test_score_texts_is_without_dropout_and_leaves_the_mode_alone():
     torch.manual_seed(0)
     model = RewardModel.on(make_trunk(BERT), n_domain=3, dropout=0.5).train()
-    batch = (*text_batch(BYTES, TEXTS, block_size=24), DOMAINS)
+    batch = model.inputs(BYTES, TEXTS, DOMAINS)
     assert not torch.equal(model(*batch), model(*batch))
     assert torch.equal(model.score_texts(BYTES, TEXTS), model.score_texts(BYTES, TEXTS))
     assert model.training and model.trunk.training
@@ -230,7 +242,7 @@ def test_the_head_starts_as_in_ziegler():
 def test_every_parameter_that_trains_gets_a_gradient(trunk):
     """DDP stops at one that does not; the trunk's own heads are frozen, tied embeddings not."""
     model = RewardModel.on(trunk, n_domain=3)
-    model(*text_batch(BYTES, TEXTS, block_size=24), DOMAINS).sum().backward()
+    model(*model.inputs(BYTES, TEXTS, DOMAINS)).sum().backward()
     without = [name for name, p in model.named_parameters() if (p.grad is None) == p.requires_grad]
     assert not without and model.trunk.wte.weight.requires_grad
     copy = dict(model.trunk.named_parameters())
@@ -492,9 +504,9 @@ def test_a_model_learns_what_raters_prefer():
     before = pair_report(model.score_texts(BYTES, test.texts).numpy(), test, n_pairs=2000, seed=0)
     for step in range(50):
         rows, wins, valid = comparison_groups(train, step, n_groups=4, group_size=8, seed=0)
-        idx, mask = text_batch(BYTES, [train.texts[r] for r in rows.flatten()], block_size=16)
-        score = model(idx, mask, torch.zeros(len(idx), dtype=torch.int64)).view(rows.shape)
-        loss, _ = bradley_terry(score, wins, valid)
+        texts_ = [train.texts[r] for r in rows.flatten()]
+        margins = model(*model.inputs(BYTES, texts_, torch.zeros(rows.numel(), dtype=torch.int64)))
+        loss = sum(bradley_terry(part.view(rows.shape), wins, valid)[0] for part in margins.T)
         adam.zero_grad()
         loss.backward()
         adam.step()
