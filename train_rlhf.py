@@ -181,16 +181,20 @@ def test_pairs(model: RewardModel, tokenizer, j, runtime, *, n_pairs: int) -> di
     return pair_report(score.double().numpy(), j, n_pairs=n_pairs, seed=0)
 
 
-def finish_reward(flags: RewardFlags, tokenizer, test, yardstick: Rollout, runtime) -> dict:
-    """Normalises the best model, and holds it against raters and figures measured elsewhere."""
+def finish_reward(flags: RewardFlags, tokenizer, val, test, yardstick: Rollout, runtime) -> dict:
+    """Weighs the best model's parts, normalises it, and holds it against raters and yardsticks."""
     model = checkpoint.load(flags.out / "best", RewardModel).to(runtime.device)
     model.gain.fill_(1), model.bias.zero_()  # resumed here, it may have been normalised before
+    with runtime.autocast():
+        margins = model.margins_of(tokenizer, val.texts, val.domains)
+    model.stack(margins, judgements.human_pairs(val, n_pairs=20_000, seed=0))
     model.normalise(reference_scores(model, yardstick, tokenizer, runtime))
     if runtime.is_main:
         checkpoint.save(flags.out / "best", model, tokenizer=tokenizer)
     report = test_pairs(model, tokenizer, test, runtime, n_pairs=80_000)
     given = json.loads((flags.data / "meta.json").read_bytes()).get("given", {})
-    return {**report, "given": given}
+    return {**report, "weights": dict(zip(("encoder", "linear"), model.v.tolist(), strict=True)),
+            "given": given}
 
 
 def train_reward(flags: RewardFlags) -> None:
@@ -250,7 +254,7 @@ def train_reward(flags: RewardFlags) -> None:
                 training.leave(interrupt, log, step, flags.out)
         # 3. The best model, normalised on samples of the reference, on the test snippets.
         runtime.barrier()
-        report = finish_reward(flags, tokenizer, test, yardstick, runtime)
+        report = finish_reward(flags, tokenizer, val, test, yardstick, runtime)
         log.close({"best_step": best["step"], "steps": start, "seed": flags.seed, **report})
 
 

@@ -37,13 +37,13 @@ class RewardConfig:
 
 
 class RewardModel(nn.Module):
-    """score = gain * mean(encoder, linear) + bias, (B,).
+    """score = gain * (v . [encoder, linear]) + bias, (B,).
 
     encoder = w . [pool(h), mean(x)]: pool(h) is the mean over an encoder's real tokens, or a causal
     model's last one, which alone has seen the whole text; mean(x), of the blocks' input, is a bag
     of words. linear is a sum over n-grams (ngrams.py). Each learns as if it were alone, since of
-    two that are trained on their sum the faster one leaves the other nothing to learn; that they
-    err in different places is what the mean is for. The domain of a text goes in as BERT's segment
+    two that are trained on their sum the faster one leaves the other nothing to learn; they err in
+    different places, and `stack` weighs them. The domain of a text goes in as BERT's segment
     embedding, added to every token: people rate news by another measure than films.
     """
 
@@ -63,6 +63,7 @@ class RewardModel(nn.Module):
         self.score = nn.Linear(2 * C, 1, bias=False)  # comparisons cannot see a constant
         nn.init.normal_(self.score.weight, std=(2 * C + 1) ** -0.5)  # Ziegler et al. 2019
         self.linear = NgramScore(config.buckets, config.ngram_dropout)
+        self.register_buffer("v", torch.full((2,), 0.5))
         self.register_buffer("gain", torch.ones(()))
         self.register_buffer("bias", torch.zeros(()))
 
@@ -94,7 +95,7 @@ class RewardModel(nn.Module):
 
     def forward(self, idx: Tensor, mask: Tensor, domain: Tensor, ids: Tensor,
                 start: Tensor) -> Tensor:
-        """Margins (B, 2), float32, of encoder and linear part, before gain and bias."""
+        """Margins (B, 2), float32, of the encoder and of the linear part."""
         segment = domain[:, None].expand_as(idx)
         h, x = self.trunk(idx, mask, segment), self.trunk.embed(idx, segment)
         encoder = self.score(self.drop(self.pool(h, x, mask))).float()[:, 0]
@@ -110,10 +111,31 @@ class RewardModel(nn.Module):
         self.gain /= sd
         self.bias.copy_((self.bias - mean) / sd)
 
+    # Wolpert 1992, Platt 1999: P(a beats b) = sigmoid(v . (m_a - m_b)), as in bradley_terry, with
+    # the likeliest v under a weak prior, v ~ N(1/2, 1 / .001 over the pairs), by Newton's method.
     @torch.no_grad()
+    def stack(self, margins: Tensor, pairs: dict[str, np.ndarray]) -> None:
+        """Sets v from margins (N, 2) of texts that no part has learnt, and people's comparisons."""
+        a, b, sign = (torch.from_numpy(pairs[key]) for key in ("a", "b", "a_wins"))
+        d = (margins[a] - margins[b]).double() * torch.where(sign, 1.0, -1.0)[:, None]  # (P, 2)
+        v = d.new_full((2,), 0.5)
+        for _ in range(20):
+            p = torch.sigmoid(-(d @ v))[:, None]  # (P, 1), of the answer that was not given
+            slope = 0.001 * (v - 0.5) - (p * d).mean(0)
+            curvature = 0.001 * torch.eye(2) + (p * (1 - p) * d).T @ d / len(d)  # (2, 2)
+            v = v - torch.linalg.solve(curvature, slope)
+        self.v.copy_(v)
+
     def score_texts(self, tokenizer: Tokenizer, texts: Sequence[str], domain=0,
                     batch: int = 256) -> Tensor:
-        """Scores (N,) on the CPU, in eval mode, batched by length, long texts cut.
+        """Scores (N,) of texts, as `margins_of` has them."""
+        margins = self.margins_of(tokenizer, texts, domain, batch)
+        return self.gain.cpu() * (margins @ self.v.cpu()) + self.bias.cpu()
+
+    @torch.no_grad()
+    def margins_of(self, tokenizer: Tokenizer, texts: Sequence[str], domain=0,
+                   batch: int = 256) -> Tensor:
+        """Margins (N, 2) on the CPU, in eval mode, batched by length, long texts cut.
 
         domain: of each text (N,), or of all; 0 is the first in judgements.jsonl.
         """
@@ -121,12 +143,11 @@ class RewardModel(nn.Module):
         self.eval()
         domain = torch.as_tensor(domain).expand(len(texts))
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        out = torch.empty(len(texts))
+        out = torch.empty(len(texts), 2)
         for i in range(0, len(texts), batch):
             rows = order[i : i + batch]
             inputs = self.inputs(tokenizer, [texts[r] for r in rows], domain[rows])
-            margins = self(*(x.to(device) for x in inputs))  # (B, 2)
-            out[rows] = (self.gain * margins.mean(1) + self.bias).cpu()
+            out[rows] = self(*(x.to(device) for x in inputs)).cpu()
         self.train(training)
         return out
 

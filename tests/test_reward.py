@@ -183,6 +183,29 @@ def test_normalise_is_exact_on_its_samples_and_idempotent(cls):
     torch.testing.assert_close((model.gain, model.bias), (gain, bias), rtol=1e-5, atol=1e-5)
 
 
+def test_stack_finds_the_weights_that_raters_used():
+    """20,000 answers with P = sigmoid(v . (m_a - m_b)): within 5 of its standard errors, .02."""
+    rng = np.random.default_rng(0)
+    margins, (a, b) = rng.normal(size=(500, 2)), rng.integers(0, 500, (2, 20_000))
+    p = 1 / (1 + np.exp(-(margins[a] - margins[b]) @ [1.2, -0.3]))
+    pairs = {"a": a, "b": b, "a_wins": rng.random(20_000) < p}
+    model = make_model(BERT)
+    assert model.v.tolist() == [0.5, 0.5]
+    for _ in range(2):  # the old weights do not matter
+        model.stack(torch.from_numpy(margins), pairs)
+        assert model.v.tolist() == pytest.approx([1.2, -0.3], abs=0.1)
+
+
+def test_stack_holds_where_the_answers_say_nothing_or_everything():
+    """Equal texts leave the 1/2 of the prior, which bounds v where no answer is a mistake."""
+    pairs = {"a": np.array([0, 1]), "b": np.array([1, 0]), "a_wins": np.array([True, False])}
+    model = make_model(BERT)
+    model.stack(torch.ones(2, 2), pairs)
+    assert model.v.tolist() == [0.5, 0.5]
+    model.stack(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), pairs)
+    assert 1 < model.v[0] < 20 and model.v[1] == 0.5
+
+
 @pytest.mark.filterwarnings("ignore:std_mean")
 def test_normalise_needs_scores_that_differ():
     for score in (torch.ones(5), torch.tensor([2.0])):
@@ -199,7 +222,8 @@ def test_score_texts_depends_on_no_batch_and_no_order(cls):
              for row, text, d in zip(rows, TEXTS, DOMAINS.tolist(), strict=True)]
     with torch.no_grad():
         model.gain.fill_(1.5), model.bias.fill_(-0.5)
-    expected = [1.5 * (a + b) / 2 - 0.5 for a, b in parts]
+        model.v.copy_(torch.tensor([0.3, 0.9]))
+    expected = [1.5 * (0.3 * a + 0.9 * b) - 0.5 for a, b in parts]
     order = [3, 0, 6, 2, 5, 1, 4]
     for batch in (1, 2, 3, 256):
         score = model.score_texts(BYTES, TEXTS, DOMAINS, batch=batch)
