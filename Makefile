@@ -61,6 +61,7 @@ demo: $(VENV) ## 8    the whole story, from data to report, in runs/demo (replac
 data: $(DATA)/meta.json ## 0.2  human ratings of 23,703 snippets, fetched and tokenised
 $(DATA)/meta.json: data/hutto/prepare.py | $(VENV)
 	$(PY) data/hutto/prepare.py
+	touch $@
 
 pretrain: $(RUN)/gpt/summary.json ## 2.9  GPT on the snippets
 $(RUN)/gpt/summary.json: | $(DATA)/meta.json

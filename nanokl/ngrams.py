@@ -3,7 +3,8 @@
 With twenty thousand texts it agrees with people as well as a small encoder does, it errs
 elsewhere, and it learns in seconds: reward.py averages the two. The n-grams are words, pairs of
 neighbouring words, and pieces of 3 to 5 characters, which rare words share (fastText,
-arXiv:1607.04606). Each counts twice: in its text's domain and in all (arXiv:0907.1815). The hash
+arXiv:1607.04606). Each counts once however often it comes, so that repeating itself gains a policy
+nothing, and has two weights: for its text's domain and for all (arXiv:0907.1815). The hash
 (arXiv:0902.2206) needs no vocabulary; what collides shares a weight. Left out: counts, idf.
 """
 
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 WORD = re.compile(r"[\w']+|[^\w\s]+")
+BOUND = 3.0  # of the score, in nats: a policy will look for texts far outside of those learnt from
 SCALE = 10.0  # of the score: a step of AdamW moves a weight by about its rate, whatever it is for
 DOMAIN = 0x9E3779B1  # far apart in any number of low bits
 
@@ -40,7 +42,7 @@ def ngrams(texts: Sequence[str], domain: Sequence[int], buckets: int) -> tuple[T
     for text, d in zip(texts, domain, strict=True):
         words = WORD.findall(text.lower())
         pairs = [_hash(f"{a} {b}") for a, b in zip(["^", *words], [*words, "$"], strict=True)]
-        shared = np.array([h for word in words for h in _word(word)] + pairs, np.int64)
+        shared = np.unique([h for word in words for h in _word(word)] + pairs)
         rows.append(np.concatenate((shared, shared + DOMAIN * (int(d) + 1))) % buckets)
     length = np.array([len(row) for row in rows], np.int64)
     ids = np.concatenate(rows) if rows else length
@@ -48,7 +50,10 @@ def ngrams(texts: Sequence[str], domain: Sequence[int], buckets: int) -> tuple[T
 
 
 class NgramScore(nn.Module):
-    """score = SCALE / sqrt(n) * the sum of the weights of a text's n n-grams; 0 untrained."""
+    """score = bound(SCALE / sqrt(n) * sum of the weights of a text's n n-grams); 0 untrained.
+
+    bound(x) = BOUND tanh(x / BOUND).
+    """
 
     def __init__(self, buckets: int, dropout: float):
         super().__init__()
@@ -59,5 +64,5 @@ class NgramScore(nn.Module):
         """(N,), (B,) of `ngrams` -> (B,)."""
         n = torch.diff(start, append=start.new_tensor([len(ids)]))
         share = self.drop(n.rsqrt().repeat_interleave(n))
-        return SCALE * F.embedding_bag(ids, self.weight, start, mode="sum",
-                                       per_sample_weights=share)[:, 0]
+        total = F.embedding_bag(ids, self.weight, start, mode="sum", per_sample_weights=share)
+        return BOUND * torch.tanh(SCALE / BOUND * total[:, 0])

@@ -111,8 +111,8 @@ class RewardModel(nn.Module):
         self.gain /= sd
         self.bias.copy_((self.bias - mean) / sd)
 
-    # Wolpert 1992, Platt 1999: P(a beats b) = sigmoid(v . (m_a - m_b)), as in bradley_terry, with
-    # the likeliest v under a weak prior, v ~ N(1/2, 1 / .001 over the pairs), by Newton's method.
+    # Wolpert 1992, Platt 1999: P(a beats b) = sigmoid(v . (m_a - m_b)), as in bradley_terry; v has
+    # the least nats per pair + .0005 |v - 1/2|^2, which decides where pairs say nothing. By Newton.
     @torch.no_grad()
     def stack(self, margins: Tensor, pairs: dict[str, np.ndarray]) -> None:
         """Sets v from margins (N, 2) of texts that no part has learnt, and people's comparisons."""
@@ -128,7 +128,7 @@ class RewardModel(nn.Module):
 
     def score_texts(self, tokenizer: Tokenizer, texts: Sequence[str], domain=0,
                     batch: int = 256) -> Tensor:
-        """Scores (N,) of texts, as `margins_of` has them."""
+        """Scores (N,) of texts on the CPU; the arguments are those of `margins_of`."""
         margins = self.margins_of(tokenizer, texts, domain, batch)
         return self.gain.cpu() * (margins @ self.v.cpu()) + self.bias.cpu()
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from nanokl.ngrams import SCALE, NgramScore, ngrams
 
-TEXTS = ["A bad film", "", "it's   SO bad!!", "é", "a bad film"]
-DOMAINS = [0, 1, 2, 0, 1]
+TEXTS = ["A bad film", "", "it's   SO bad!!", "é", "a bad film", "bad bad bad"]
+DOMAINS = [0, 1, 2, 0, 1, 3]
 
 
 def slow(words):
@@ -28,11 +28,12 @@ def split(ids, start):
 
 
 def test_a_text_is_its_words_pairs_and_pieces_alone_and_in_its_domain():
-    words = [["a", "bad", "film"], [], ["it's", "so", "bad", "!!"], ["é"], ["a", "bad", "film"]]
+    words = [["a", "bad", "film"], [], ["it's", "so", "bad", "!!"], ["é"], ["a", "bad", "film"],
+             ["bad"] * 3]
     rows = split(*ngrams(TEXTS, DOMAINS, 2**62))
     for row, expected in zip(rows, map(slow, words), strict=True):
         half = len(row) // 2
-        assert sorted(row[:half]) == sorted(zlib.crc32(g.encode()) for g in expected)
+        assert sorted(row[:half]) == sorted({zlib.crc32(g.encode()) for g in expected})
     assert slow(["bad"]) == ["bad", "#<ba", "#<bad", "#<bad>", "#bad", "#bad>", "#ad>", "^ bad",
                              "bad $"]
     shared, own = zip(*((set(r[: len(r) // 2]), set(r[len(r) // 2 :])) for r in rows), strict=True)
@@ -54,16 +55,21 @@ def test_texts_do_not_depend_on_their_batch_and_ids_stay_in_range(texts, buckets
 def test_score_and_gradient_are_those_of_the_formula():
     model = NgramScore(1000, dropout=0.0)
     ids, start = ngrams(TEXTS, DOMAINS, 1000)
-    assert torch.equal(model(ids, start), torch.zeros(5))
+    assert torch.equal(model(ids, start), torch.zeros(6))
     with torch.no_grad():
-        model.weight.copy_(torch.randn(1000, 1, generator=torch.Generator().manual_seed(0)))
+        model.weight.copy_(0.1 * torch.randn(1000, 1, generator=torch.manual_seed(0)))
     score, w = model(ids, start), model.weight.detach()[:, 0].tolist()
     rows = split(ids, start)
-    expected = [SCALE * sum(w[i] for i in row) / math.sqrt(len(row)) for row in rows]
-    assert score.tolist() == pytest.approx(expected, abs=1e-4)
+    free = [SCALE * sum(w[i] for i in row) / math.sqrt(len(row)) for row in rows]
+    expected = [3 * math.tanh(x / 3) for x in free]
+    assert score.tolist() == pytest.approx(expected, abs=1e-4) and max(map(abs, free)) > 1
     score[2].backward()
     count = torch.bincount(torch.tensor(rows[2]), minlength=1000)
-    torch.testing.assert_close(model.weight.grad[:, 0], SCALE * count / math.sqrt(len(rows[2])))
+    slope = 1 - (expected[2] / 3) ** 2
+    torch.testing.assert_close(model.weight.grad[:, 0],
+                               slope * SCALE * count / math.sqrt(len(rows[2])))
+    torch.nn.init.constant_(model.weight, 1e3)  # whatever a policy finds
+    assert torch.equal(model(ids, start), torch.full((6,), 3.0))
 
 
 def test_dropout_hides_ngrams_in_training_alone_and_keeps_the_mean():
@@ -71,9 +77,9 @@ def test_dropout_hides_ngrams_in_training_alone_and_keeps_the_mean():
     model, (ids, start) = NgramScore(10**6, dropout=0.4), ngrams(["a"], [0], 10**6)
     n = len(ids)
     assert len(set(ids.tolist())) == n
-    torch.nn.init.ones_(model.weight)
-    full = SCALE * math.sqrt(n)
-    assert model.eval()(ids, start).item() == pytest.approx(full)
+    torch.nn.init.constant_(model.weight, 1e-4)  # so little that there is no bound to feel
+    full = 1e-4 * SCALE * math.sqrt(n)
+    assert model.eval()(ids, start).item() == pytest.approx(full, rel=1e-4)
     torch.manual_seed(0)
     model.train()
     many = ids.repeat(20_000), torch.arange(20_000) * n
