@@ -132,7 +132,8 @@ def beside_people(summary: dict, key: str, yard: str, label: str) -> tuple[list[
     none = [None] * len(rows)
     kinds = [("this run", ours, errors), (label, people, none)]
     for name, given in (summary.get("given") or {}).items():
-        kinds.append((f"{name} (given)", [given.get(key, {}).get(row) for row in rows], none))
+        if key in given:
+            kinds.append((f"{name} (given)", [given[key].get(row) for row in rows], none))
     return list(rows), kinds
 
 

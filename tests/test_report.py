@@ -278,3 +278,11 @@ def test_every_legend_is_inside_its_figure_and_beside_the_axes(drawn):
         assert axes.bbox.x1 <= legend.x0 and legend.x1 <= figure.bbox.x1, axes.get_xlabel()
         for text in axes.get_legend().get_texts():
             assert text.get_color() in (figures.OURS, figures.YARD, figures.MUTED)
+
+
+def test_a_yardstick_without_this_number_is_left_out():
+    summary = {"domains": {"film": {"r": 0.5, "r_se": 0.1, "human": 0.9}},
+               "given": {"rules": {"r": {"film": 0.3}}, "ridge": {"accuracy": {"film": 0.7}}}}
+    names, kinds = figures.beside_people(summary, "r", "human", "one human")
+    assert names == ["film"] and [k[0] for k in kinds] == ["this run", "one human", "rules (given)"]
+    assert [k[1] for k in kinds] == [[0.5], [0.9], [0.3]]
