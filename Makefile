@@ -63,11 +63,11 @@ $(DATA)/meta.json: data/hutto/prepare.py | $(VENV)
 	$(PY) data/hutto/prepare.py
 	touch $@
 
-pretrain: $(RUN)/gpt/summary.json ## 2.9  GPT on the snippets
+pretrain: $(RUN)/gpt/summary.json ## 3.2  GPT on the snippets
 $(RUN)/gpt/summary.json: | $(DATA)/meta.json
 	$(PY) train_pretrain.py gpt --data $(DATA) --out $(RUN)/gpt $(GPT) $(call go_on,gpt)
 
-bert: $(RUN)/bert/summary.json ## 3.3  BERT-style encoder on the snippets
+bert: $(RUN)/bert/summary.json ## 3.8  BERT-style encoder on the snippets
 $(RUN)/bert/summary.json: | $(DATA)/meta.json
 	$(PY) train_pretrain.py bert --data $(DATA) --out $(RUN)/bert $(BERT) $(call go_on,bert)
 

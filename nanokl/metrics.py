@@ -72,7 +72,7 @@ def write_json(path: Path, obj) -> None:
 def read_rows(path: Path) -> list[dict]:
     """The whole lines of a JSONL file, none of a missing one; UserError names a damaged line."""
     rows, text = [], path.read_bytes() if path.exists() else b""
-    for number, line in enumerate(text.split(b"\n")[:-1], 1):  # but a half: a crash, a run at work
+    for number, line in enumerate(text.split(b"\n")[:-1], 1):  # not a half one after a crash
         try:
             rows.append(dict(json.loads(line)))
         except (ValueError, TypeError):

@@ -1,7 +1,7 @@
 """A linear model on hashed n-grams: what a bag of words, pairs and pieces says of a text.
 
 With twenty thousand texts it agrees with people as well as a small encoder does, it errs
-elsewhere, and it learns in seconds: reward.py averages the two. The n-grams are words, pairs of
+elsewhere, and it learns in seconds: reward.py weighs the two. The n-grams are words, pairs of
 neighbouring words, and pieces of 3 to 5 characters, which rare words share (fastText,
 arXiv:1607.04606). Each counts once however often it comes, so that repeating itself gains a policy
 nothing, and has two weights: for its text's domain and for all (arXiv:0907.1815). The hash
