@@ -22,13 +22,13 @@ from nanokl import (
     optim,
     ppo,
     require_positive,
+    reward,
     training,
 )
 from nanokl import runtime as rt
 from nanokl.evaluation import Stage, compare, prompt_docs
 from nanokl.generate import Rollout
 from nanokl.gpt import GPT
-from nanokl.reward import TRUNKS, RewardModel, bradley_terry, load_reward, pair_report
 from nanokl.tokenizer import Tokenizer
 
 
@@ -66,6 +66,7 @@ class RewardFlags(Flags, ppo.SamplingConfig):
     dropout: float = 0.1  # in the trunk and before the head
     word_dropout: float = 0.1  # share of tokens hidden by [MASK]
     ngram_dropout: float = 0.6  # share of n-grams hidden
+    members: int = 1  # reward models in one, each with comparisons of its own
     warmup: int = 20  # steps of linear warm-up
     decay: float = 0.8  # last part of the run in which the rate falls linearly to 0
     eval_every: int = 50  # steps between passes over the validation pairs
@@ -75,7 +76,7 @@ class RewardFlags(Flags, ppo.SamplingConfig):
     def __post_init__(self):
         Flags.__post_init__(self)
         ppo.SamplingConfig.__post_init__(self)
-        require_positive(self, "eval_every", "patience", "n_samples")
+        require_positive(self, "eval_every", "patience", "n_samples", "members")
         for name in ("word_dropout", "ngram_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give 0 <= {name} < 1")
@@ -123,15 +124,6 @@ def load_gpt(flags: ppo.SamplingConfig, tokenizer: Tokenizer, runtime: rt.Runtim
     return ref.to(runtime.device).eval()
 
 
-def load_trunk(flags: RewardFlags, tokenizer: Tokenizer) -> torch.nn.Module:
-    """The pretrained model of --init."""
-    folder = pretrained(flags.init, tokenizer)
-    kind = checkpoint.read_config(folder)["model"]
-    if kind not in TRUNKS:
-        raise UserError(f"--init {flags.init} holds a {kind}: give a run of {' or '.join(TRUNKS)}")
-    return checkpoint.load(folder, TRUNKS[kind], dropout=flags.dropout)
-
-
 def reference_rollout(flags: RewardFlags, tokenizer, runtime) -> Rollout:
     """n_samples fresh texts of the reference policy, on training prompts."""
     ref = load_gpt(flags, tokenizer, runtime)
@@ -142,59 +134,64 @@ def reference_rollout(flags: RewardFlags, tokenizer, runtime) -> Rollout:
     return ppo.sample_rollouts(ref, prompts, flags, runtime, stop=stop, rng=rng)
 
 
-def reference_scores(model: RewardModel, rollout: Rollout, tokenizer, runtime) -> torch.Tensor:
-    """Scores (n_samples,) of the reference's texts."""
-    with runtime.autocast():
-        return ppo.score_rollouts(lambda _, texts: model.score_texts(tokenizer, texts), rollout,
-                                  tokenizer, runtime)
-
-
-def comparison_loss(model, core, flags: RewardFlags, tokenizer, j, step: int,
-                    runtime: rt.Runtime) -> torch.Tensor:
-    """Bradley-Terry on this process's groups: one forward pass a snippet, all pairs compared."""
+def comparison_batch(core, flags: RewardFlags, tokenizer, j, step: int, runtime: rt.Runtime):
+    """This process's comparisons of a step: a member's batch; wins, valid (G, K, K); all valid."""
     rows, wins, valid = judgements.comparison_groups(
         j, step, n_groups=flags.n_groups, group_size=flags.group_size, seed=flags.seed)
-    share = 2 * valid.sum() / runtime.world  # the mean is over the pairs of all processes
+    total = valid.sum()
     domain = torch.from_numpy(j.domains)[rows]  # (G, K)
     rng = rt.generator(flags.seed, "words", step)
     if "lexicon" in j.domain_names:  # a word is read as if it stood in a snippet of any domain
         words = j.domain_names.index("lexicon")
         other = torch.randint(words, rows.shape, generator=rng)
         domain = torch.where(domain == words, other, domain)
-    hide = torch.rand(*rows.shape, core.trunk.config.block_size, generator=rng) < flags.word_dropout
+    block_size = core.config.trunk_config["block_size"]
+    hide = torch.rand(*rows.shape, block_size, generator=rng) < flags.word_dropout
     rows, wins, valid, domain, hide = map(runtime.shard, (rows, wins, valid, domain, hide))
-    idx, *rest = core.inputs(tokenizer, [j.texts[r] for r in rows.flatten()], domain.flatten())
-    idx[hide.flatten(0, 1)[:, : idx.shape[1]]] = tokenizer.special("[MASK]")
+    texts = [j.texts[r] for r in rows.flatten()]
+    inputs = core.inputs(tokenizer, texts, domain.flatten(), hide.flatten(0, 1))
+    wins, valid, total, *inputs = (x.to(runtime.device) for x in (wins, valid, total, *inputs))
+    return inputs, wins, valid, total
+
+
+def comparison_loss(model, core, flags: RewardFlags, tokenizer, j, step: int,
+                    runtime: rt.Runtime) -> torch.Tensor:
+    """Bradley-Terry on this process's groups: one forward pass a snippet, all pairs compared."""
+    n = flags.members
+    parts = [comparison_batch(core, flags, tokenizer, j, n * step + k, runtime) for k in range(n)]
+    batches, wins, valid, total = zip(*parts, strict=True)
     with runtime.autocast():
-        margins = model(*(x.to(runtime.device) for x in (idx, *rest)))  # (GK, 2)
-    margins = margins.T.reshape(-1, rows.shape[1])  # (2G, K): each part is asked about every pair
-    wins, valid = (x.repeat(2, 1, 1).to(runtime.device) for x in (wins, valid))
-    loss, info = bradley_terry(margins, wins, valid)
-    return loss * info["n_pairs"] / share
+        margins = model(*batches)  # (GK, 2 members)
+    margins = margins.T.reshape(-1, flags.group_size)  # (2 members G, K)
+    wins, valid = (torch.cat([y for x in xs for y in (x, x)]) for xs in (wins, valid))
+    loss, info = reward.bradley_terry(margins, wins, valid)
+    return loss * info["n_pairs"] * runtime.world / (2 * sum(total))  # a mean over all processes
 
 
-def test_pairs(model: RewardModel, tokenizer, j, runtime, *, n_pairs: int) -> dict:
+def test_pairs(model, tokenizer, j, runtime, *, n_pairs: int) -> dict:
     """Agreement with raters on held-out snippets, on Bradley-Terry's own scale."""
     with runtime.autocast():
         score = model.score_texts(tokenizer, j.texts, j.domains)
     score = (score - model.bias.cpu()) / model.gain.cpu()
-    return pair_report(score.double().numpy(), j, n_pairs=n_pairs, seed=0)
+    return reward.pair_report(score.double().numpy(), j, n_pairs=n_pairs, seed=0)
 
 
 def finish_reward(flags: RewardFlags, tokenizer, val, test, yardstick: Rollout, runtime) -> dict:
     """Weighs the best model's parts, normalises it, and holds it against raters and yardsticks."""
-    model = checkpoint.load(flags.out / "best", RewardModel).to(runtime.device)
+    model = checkpoint.load(flags.out / "best", reward.RewardModel).to(runtime.device)
     model.gain.fill_(1), model.bias.zero_()  # resumed here, it may have been normalised before
     with runtime.autocast():
         margins = model.margins_of(tokenizer, val.texts, val.domains)
-    model.stack(margins, judgements.human_pairs(val, n_pairs=20_000, seed=0))
-    model.normalise(reference_scores(model, yardstick, tokenizer, runtime))
+    model.stack(margins, judgements.human_pairs(val, n_pairs=80_000, seed=0))
+    with runtime.autocast():
+        model.normalise(ppo.score_rollouts(lambda _, texts: model.score_texts(tokenizer, texts),
+                                           yardstick, tokenizer, runtime))
     if runtime.is_main:
         checkpoint.save(flags.out / "best", model, tokenizer=tokenizer)
     report = test_pairs(model, tokenizer, test, runtime, n_pairs=80_000)
     given = json.loads((flags.data / "meta.json").read_bytes()).get("given", {})
-    return {**report, "weights": dict(zip(("encoder", "linear"), model.v.tolist(), strict=True)),
-            "given": given}
+    weights = {"encoder": model.v[::2].sum().item(), "linear": model.v[1::2].sum().item()}
+    return {**report, "weights": weights, "given": given}
 
 
 def train_reward(flags: RewardFlags) -> None:
@@ -202,13 +199,14 @@ def train_reward(flags: RewardFlags) -> None:
     # 1. Trunk and head, judgements, optimisers; on --resume their state.
     runtime = rt.setup(flags.device, flags.dtype)
     tokenizer = Tokenizer.load(flags.data)
-    trunk = load_trunk(flags, tokenizer)
+    trunk = reward.load_trunk(pretrained(flags.init, tokenizer), dropout=flags.dropout)
     torch.manual_seed(flags.seed)  # the head
     train, val, test = (judgements.Judgements.load(flags.data, s) for s in ("train", "val", "test"))
     yardstick = reference_rollout(flags, tokenizer, runtime)  # now: a wrong flag shows at once
-    core = RewardModel.on(trunk, n_domain=len(train.domain_names), dropout=flags.dropout,
-                          ngram_dropout=flags.ngram_dropout)
-    core.to(runtime.device)
+    core = reward.RewardModel.on(
+        trunk, n_domain=len(train.domain_names), dropout=flags.dropout,
+        ngram_dropout=flags.ngram_dropout, members=flags.members,
+        vocabulary=reward.learn_vocabulary(tokenizer, train, trunk)).to(runtime.device)
     optimizers = optim.make_optimizers(core, lr=flags.lr, muon_lr=flags.muon_lr, betas=(0.9, 0.98),
                                        weight_decay=flags.weight_decay, dtype=runtime.dtype)
     average = AveragedModel(core, multi_avg_fn=get_ema_multi_avg_fn(0.98))  # steadier than core
@@ -228,13 +226,13 @@ def train_reward(flags: RewardFlags) -> None:
             optim.set_lr(optimizers, optim.lr_scale(step - 1, flags.steps, warmup=flags.warmup,
                                                     decay=flags.decay))
             loss = comparison_loss(model, core, flags, tokenizer, train, step - 1, runtime)
-            training.gradient_step(loss, core.parameters(), optimizers, max_grad_norm=1.0,
-                                   step=step, out=flags.out)
+            training.gradient_step(loss, core.parameters(), optimizers, step=step, out=flags.out,
+                                   max_grad_norm=math.inf)  # one norm would tie the parts together
             average.update_parameters(core)
             log.step(step, loss_nats_per_pair=runtime.mean(loss.detach()).item())
             stop, last = runtime.any(interrupt.set), step == flags.steps
             if step % flags.eval_every == 0 or last:
-                report = test_pairs(average.module, tokenizer, val, runtime, n_pairs=20_000)
+                report = test_pairs(average.module, tokenizer, val, runtime, n_pairs=80_000)
                 log.event(step, val_nats_per_pair=report["nats_per_pair"],
                           val_pair_accuracy=report["pair_accuracy"])
                 training.check_finite(math.isfinite(report["nats_per_pair"]), step, flags.out)
@@ -296,7 +294,8 @@ def train_ppo(flags: PPOFlags) -> None:
     runtime = rt.setup(flags.device, flags.dtype)
     tokenizer = Tokenizer.load(flags.data)
     ref = load_gpt(flags, tokenizer, runtime).requires_grad_(False)
-    stage = Stage(flags, runtime, tokenizer, ref, load_reward(flags.reward, runtime), flags.seed)
+    function = reward.load_reward(flags.reward, runtime)
+    stage = Stage(flags, runtime, tokenizer, ref, function, flags.seed)
     docs, held_out = (prompt_docs(flags.data, split, flags.domains, tokenizer)
                       for split in ("train", "val"))
     policy = ppo.make_policy(ref)

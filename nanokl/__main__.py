@@ -71,7 +71,7 @@ class Score:
         folder = checkpoint.resolve(self.run)
         model, tokenizer = checkpoint.load(folder, RewardModel), Tokenizer.load(folder)
         longest = max(map(len, tokenizer.encode_batch(self.texts)), default=0)
-        room = model.trunk.config.block_size - 2  # between [CLS] and [SEP]
+        room = model.config.trunk_config["block_size"] - 2  # between [CLS] and [SEP]
         if not 0 < longest <= room:
             raise UserError(f"the longest text has {longest} tokens, the context room for {room}")
         for score, text in zip(model.score_texts(tokenizer, self.texts), self.texts, strict=True):

@@ -20,7 +20,7 @@ from nanokl.bert import BERT
 from nanokl.data import text_batch
 from nanokl.gpt import GPT
 from nanokl.judgements import Judgements, human_pairs
-from nanokl.ngrams import NgramScore, ngrams
+from nanokl.ngrams import NOTHING, PIECES, NgramScore, Vocabulary, ngrams, pieces, vocabulary
 from nanokl.tokenizer import Tokenizer
 
 RewardFunction = Callable[[list[list[int]], list[str]], Sequence[float]]
@@ -33,25 +33,22 @@ class RewardConfig:
     trunk_config: dict = field(default_factory=dict)  # the trunk's own config
     dropout: float = 0.0  # on the pooled hidden state, in train mode only
     ngram_dropout: float = 0.0  # share of n-grams hidden, in train mode only
-    buckets: int = 1 << 20  # weights of the n-grams, which are hashed into them
+    n_ngrams: int = 1  # known n-grams, the unknown one included
+    members: int = 1
 
 
-class RewardModel(nn.Module):
-    """score = gain * (v . [encoder, linear]) + bias, (B,).
+class Member(nn.Module):
+    """Two margins (B, 2) of texts: encoder and linear.
 
     encoder = w . [pool(h), mean(x)]: pool(h) is the mean over an encoder's real tokens, or a causal
     model's last one, which alone has seen the whole text; mean(x), of the blocks' input, is a bag
-    of words. linear is a sum over n-grams (ngrams.py). Each learns as if it were alone, since of
-    two that are trained on their sum the faster one leaves the other nothing to learn; they err in
-    different places, and `stack` weighs them. The domain of a text goes in as BERT's segment
-    embedding, added to every token: people rate news by another measure than films.
+    of words. To a token's embedding are added those of its domain, as BERT's segment, since people
+    rate news by another measure than films, and the mean of those of its word's pieces, which rare
+    words share (fastText, arXiv:1607.04606). linear is a sum over n-grams (ngrams.py).
     """
-
-    Config = RewardConfig
 
     def __init__(self, config: RewardConfig):
         super().__init__()
-        self.config = config
         cls = TRUNKS[config.trunk]
         self.trunk = cls(cls.Config(**config.trunk_config))
         # The trunk's own heads play no part, and DDP stops where a parameter gets no gradient.
@@ -62,22 +59,9 @@ class RewardModel(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.score = nn.Linear(2 * C, 1, bias=False)  # comparisons cannot see a constant
         nn.init.normal_(self.score.weight, std=(2 * C + 1) ** -0.5)  # Ziegler et al. 2019
-        self.linear = NgramScore(config.buckets, config.ngram_dropout)
-        self.register_buffer("v", torch.full((2,), 0.5))
-        self.register_buffer("gain", torch.ones(()))
-        self.register_buffer("bias", torch.zeros(()))
-
-    @classmethod
-    def on(cls, trunk: nn.Module, *, n_domain: int, dropout: float = 0.0,
-           ngram_dropout: float = 0.0) -> "RewardModel":
-        """A fresh head on a pretrained trunk (its weights are copied), one segment a domain."""
-        config = {**asdict(trunk.config), "n_segment": n_domain, "dropout": dropout}
-        model = cls(RewardConfig(type(trunk).__name__, config, dropout, ngram_dropout))
-        weights = trunk.state_dict()
-        first = weights["wse.weight"][0] if trunk.config.n_segment else torch.zeros(())
-        weights["wse.weight"] = first.expand_as(model.trunk.wse.weight)
-        model.trunk.load_state_dict(weights)
-        return model
+        self.pieces = nn.EmbeddingBag(PIECES, C, mode="mean")
+        nn.init.zeros_(self.pieces.weight)  # the trunk starts as it was pretrained
+        self.linear = NgramScore(config.n_ngrams, self.trunk.config.n_segment, config.ngram_dropout)
 
     def pool(self, h: Tensor, x: Tensor, mask: Tensor) -> Tensor:
         """h, x (B, T, C) -> (B, 2C)."""
@@ -88,18 +72,67 @@ class RewardModel(nn.Module):
             top = (h * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         return torch.cat((top, mean), dim=1)
 
-    def inputs(self, tokenizer: Tokenizer, texts: Sequence[str], domain: Tensor) -> tuple:
-        """What forward takes: idx, mask (B, T); domain (B,); the n-grams' ids (N,), start (B,)."""
-        return (*text_batch(tokenizer, texts, block_size=self.trunk.config.block_size), domain,
-                *ngrams(texts, domain.tolist(), self.config.buckets))
-
-    def forward(self, idx: Tensor, mask: Tensor, domain: Tensor, ids: Tensor,
-                start: Tensor) -> Tensor:
-        """Margins (B, 2), float32, of the encoder and of the linear part."""
+    def forward(self, idx: Tensor, mask: Tensor, domain: Tensor, hashes: Tensor, start: Tensor,
+                rows: Tensor, row_start: Tensor) -> Tensor:
+        """One batch of `RewardModel.inputs` -> (B, 2), float32."""
         segment = domain[:, None].expand_as(idx)
-        h, x = self.trunk(idx, mask, segment), self.trunk.embed(idx, segment)
+        extra = self.pieces(rows, row_start).view(*idx.shape, -1)
+        h, x = self.trunk(idx, mask, segment, extra), self.trunk.embed(idx, segment, extra)
         encoder = self.score(self.drop(self.pool(h, x, mask))).float()[:, 0]
-        return torch.stack((encoder, self.linear(ids, start)), dim=1)
+        return torch.stack((encoder, self.linear(hashes, start, domain)), dim=1)
+
+
+class RewardModel(nn.Module):
+    """score = gain * (v . margins) + bias, (B,), over the margins of all members.
+
+    Each margin learns as if it were alone, since of two that are trained on their sum the faster
+    one leaves the other nothing to learn; they err in different places, and `stack` weighs them.
+    More members, each with comparisons of its own, are an ensemble (arXiv:2310.02743).
+    """
+
+    Config = RewardConfig
+
+    def __init__(self, config: RewardConfig):
+        super().__init__()
+        self.config = config
+        self.members = nn.ModuleList(Member(config) for _ in range(config.members))
+        self.register_buffer("v", torch.full((2 * config.members,), 0.5 / config.members))
+        self.register_buffer("gain", torch.ones(()))
+        self.register_buffer("bias", torch.zeros(()))
+
+    @classmethod
+    def on(cls, trunk: nn.Module, *, n_domain: int, dropout: float = 0.0,
+           ngram_dropout: float = 0.0, vocabulary: Vocabulary = NOTHING,
+           members: int = 1) -> "RewardModel":
+        """Fresh heads on a pretrained trunk (its weights are copied), one segment a domain."""
+        config = {**asdict(trunk.config), "n_segment": n_domain, "dropout": dropout}
+        model = cls(RewardConfig(type(trunk).__name__, config, dropout, ngram_dropout,
+                                 len(vocabulary.known), members))
+        weights = trunk.state_dict()
+        first = weights["wse.weight"][0] if trunk.config.n_segment else torch.zeros(())
+        weights["wse.weight"] = first.expand(n_domain, trunk.config.n_embd)
+        for member in model.members:
+            member.trunk.load_state_dict(weights)
+            member.linear.load_state_dict(vocabulary._asdict(), strict=False)
+        return model
+
+    def inputs(self, tokenizer: Tokenizer, texts: Sequence[str], domain: Tensor,
+               hide: Tensor | None = None) -> tuple:
+        """A batch for a member: idx, mask (B, T); domain (B,); ngrams; pieces.
+
+        hide (B, block_size) is True where the encoder sees [MASK] in the place of a token.
+        """
+        idx, mask = text_batch(tokenizer, texts, block_size=self.config.trunk_config["block_size"])
+        grams = ngrams(texts, idx, mask, domain.tolist())
+        if hide is not None:
+            hide = hide[:, : idx.shape[1]] & (idx < len(tokenizer.tokens))
+            idx[hide] = tokenizer.special("[MASK]")
+        return idx, mask, domain, *grams, *pieces(tokenizer.tokens, idx)
+
+    def forward(self, *batches: Sequence[Tensor]) -> Tensor:
+        """A batch of `inputs` for each member -> margins (B, 2 members)."""
+        parts = [member(*batch) for member, batch in zip(self.members, batches, strict=True)]
+        return torch.cat(parts, dim=1)
 
     @torch.no_grad()
     def normalise(self, score: Tensor) -> None:
@@ -115,14 +148,15 @@ class RewardModel(nn.Module):
     # the least nats per pair + .0005 |v - 1/2|^2, which decides where pairs say nothing. By Newton.
     @torch.no_grad()
     def stack(self, margins: Tensor, pairs: dict[str, np.ndarray]) -> None:
-        """Sets v from margins (N, 2) of texts that no part has learnt, and people's comparisons."""
+        """Sets v from margins (N, n) of texts that no part has learnt, and people's comparisons."""
         a, b, sign = (torch.from_numpy(pairs[key]) for key in ("a", "b", "a_wins"))
-        d = (margins[a] - margins[b]).double() * torch.where(sign, 1.0, -1.0)[:, None]  # (P, 2)
-        v = d.new_full((2,), 0.5)
+        d = (margins[a] - margins[b]).double() * torch.where(sign, 1.0, -1.0)[:, None]  # (P, n)
+        n = d.shape[1]
+        v = d.new_full((n,), 1 / n)
         for _ in range(20):
             p = torch.sigmoid(-(d @ v))[:, None]  # (P, 1), of the answer that was not given
-            slope = 0.001 * (v - 0.5) - (p * d).mean(0)
-            curvature = 0.001 * torch.eye(2) + (p * (1 - p) * d).T @ d / len(d)  # (2, 2)
+            slope = 0.001 * (v - 1 / n) - (p * d).mean(0)
+            curvature = 0.001 * torch.eye(n) + (p * (1 - p) * d).T @ d / len(d)  # (n, n)
             v = v - torch.linalg.solve(curvature, slope)
         self.v.copy_(v)
 
@@ -135,7 +169,7 @@ class RewardModel(nn.Module):
     @torch.no_grad()
     def margins_of(self, tokenizer: Tokenizer, texts: Sequence[str], domain=0,
                    batch: int = 256) -> Tensor:
-        """Margins (N, 2) on the CPU, in eval mode, batched by length, long texts cut.
+        """Margins (N, n) on the CPU, in eval mode, batched by length, long texts cut.
 
         domain: of each text (N,), or of all; 0 is the first in judgements.jsonl.
         """
@@ -143,13 +177,29 @@ class RewardModel(nn.Module):
         self.eval()
         domain = torch.as_tensor(domain).expand(len(texts))
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        out = torch.empty(len(texts), 2)
+        out = torch.empty(len(texts), len(self.v))
         for i in range(0, len(texts), batch):
             rows = order[i : i + batch]
             inputs = self.inputs(tokenizer, [texts[r] for r in rows], domain[rows])
-            out[rows] = self(*(x.to(device) for x in inputs)).cpu()
+            out[rows] = self(*[[x.to(device) for x in inputs]] * len(self.members)).cpu()
         self.train(training)
         return out
+
+
+def learn_vocabulary(tokenizer: Tokenizer, j: Judgements, trunk) -> Vocabulary:
+    """The n-grams of rated texts. A word of the lexicon is read as a text of every domain."""
+    words = j.domain_names.index("lexicon") if "lexicon" in j.domain_names else -1
+    rating, y, alone = j.mean(), np.zeros(len(j.texts)), j.domains == words
+    for d in np.unique(j.domains):
+        rows = j.domains == d
+        y[rows] = (rating[rows] - rating[rows].mean()) / max(rating[rows].std(), 1e-6)
+    rows, domain = np.array([(i, d) for d in np.unique(j.domains[~alone])
+                             for i in np.flatnonzero((j.domains == d) | alone)]).T
+    texts = [j.texts[i] for i in rows]
+    idx, mask = text_batch(tokenizer, texts, block_size=trunk.config.block_size)
+    hashes, start = ngrams(texts, idx, mask, domain.tolist())
+    valence = {j.texts[i]: float(rating[i]) for i in np.flatnonzero(alone)}
+    return vocabulary(hashes, start, y[rows], valence)
 
 
 # Bradley & Terry 1952: P(a beats b) = sigmoid(score_a - score_b);
@@ -256,6 +306,14 @@ def load_function(spec: str) -> RewardFunction:
     if not callable(function):
         raise UserError(f"{path} has no function {name!r}: give FILE.py:FUNCTION")
     return function
+
+
+def load_trunk(folder: Path, **overrides) -> nn.Module:
+    """The pretrained model of a checkpoint folder, of any kind in TRUNKS."""
+    kind = checkpoint.read_config(folder)["model"]
+    if kind not in TRUNKS:
+        raise UserError(f"{folder} holds a {kind}: give a run of {' or '.join(TRUNKS)}")
+    return checkpoint.load(folder, TRUNKS[kind], **overrides)
 
 
 def load_reward(spec: str, runtime) -> RewardFunction:

@@ -221,9 +221,10 @@ class Transformer(nn.Module):
             mask = past if mask is None else mask & past
         return mask
 
-    def embed(self, idx: Tensor, segment: Tensor | None = None, pos: int = 0) -> Tensor:
+    def embed(self, idx: Tensor, segment: Tensor | None = None, extra: Tensor | None = None,
+              pos: int = 0) -> Tensor:
         """The blocks' input (B, T, C): what each token is, before it has seen any other."""
-        x = self.wte(idx)
+        x = self.wte(idx) if extra is None else self.wte(idx) + extra
         if self.config.position == "learned":
             x = x + self.wpe.weight[pos : pos + idx.shape[1]]
         if self.config.n_segment:
@@ -231,16 +232,17 @@ class Transformer(nn.Module):
         return self.drop(self.norm_embed(x) if self.config.embed_norm else x)
 
     def forward(self, idx: Tensor, mask: Tensor | None = None, segment: Tensor | None = None,
-                cache: KVCache | None = None) -> Tensor:
+                extra: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Hidden states (B, T, C) of idx (B, T); mask (B, T) is False at padding.
 
+        segment (B, T) adds its embedding to the tokens', extra (B, T, C) itself.
         With a cache, idx holds what follows. A causal model never looks at padding on the right.
         """
         B, T = idx.shape
         pos = cache.pos if cache is not None else 0
         assert pos + T <= self.config.block_size, f"{pos + T} tokens > {self.config.block_size}"
         assert mask is None or cache is None, "a cache takes no padding mask"
-        x = self.embed(idx, segment, pos)
+        x = self.embed(idx, segment, extra, pos)
         rotary = self.rotary[pos : pos + T] if self.config.position == "rotary" else None
         attention_mask = self._attention_mask(mask, T, pos)
         for block in self.blocks:

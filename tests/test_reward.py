@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import zlib
 
 import numpy as np
 import pytest
@@ -13,13 +14,14 @@ from nanokl import UserError, checkpoint
 from nanokl.bert import BERT
 from nanokl.gpt import GPT
 from nanokl.judgements import Judgements, comparison_groups, human_pairs
-from nanokl.ngrams import ngrams
+from nanokl.ngrams import Vocabulary, ngrams, pieces
 from nanokl.reward import (
     RewardModel,
     bootstrap_se,
     bradley_terry,
     calibration,
     check_scores,
+    learn_vocabulary,
     load_function,
     load_reward,
     pair_report,
@@ -54,13 +56,33 @@ def make_trunk(cls, seed=0, **options):
     return trunk
 
 
+def token_row(text):
+    """[CLS] bytes [SEP], cut at a context of 24."""
+    spaced = b" " + text.strip().encode()  # a first word is like any other
+    return [BYTES.special("[CLS]"), *spaced[:22], BYTES.special("[SEP]")]
+
+
+def grams(text, domain):
+    """The hashes of a text's n-grams."""
+    idx = torch.tensor([token_row(text)])
+    return ngrams([text], idx, idx >= 0, [domain])[0]
+
+
 def make_model(cls, seed=0, **options):
-    """A reward model of three domains that differ."""
+    """A reward model of three domains that differ, which knows the n-grams of TEXTS."""
     torch.manual_seed(seed)
-    model = RewardModel.on(make_trunk(cls, seed, **options), n_domain=3).eval()
+    known = torch.cat([grams(t, d) for t, d in zip(TEXTS, DOMAINS.tolist(), strict=True)])
+    known = torch.cat((torch.tensor([-1]), known.unique()))
+    seen = (torch.arange(len(known)) > 0).float()
+    words = Vocabulary(known, torch.rand(len(known)) * seen,
+                       torch.rand(len(known), 1) * seen[:, None])
+    trunk = make_trunk(cls, seed, **options)
+    model = RewardModel.on(trunk, n_domain=3, vocabulary=words).eval()
     with torch.no_grad():
-        model.trunk.wse.weight.add_(0.5 * torch.randn(3, model.trunk.config.n_embd))
-        model.linear.weight.normal_(0, 0.1)
+        for member in model.members:
+            member.trunk.wse.weight.add_(0.5 * torch.randn(3, trunk.config.n_embd))
+            member.linear.weight.normal_(0, 0.1), member.linear.u.normal_(0, 0.1)
+            member.pieces.weight.normal_(0, 0.5)
     return model
 
 
@@ -127,27 +149,55 @@ def test_bradley_terry_by_hand():
 # --------------------------------------------------------------------------------- reward model
 
 
+def test_the_vocabulary_of_judgements():
+    """By hand: ratings are measured by their domain's mean and sd, the lexicon's in each domain."""
+    texts = ["fine film", "fine day", "poor film", "poor day", "fine", "grim"]
+    j = make_judgements([[3, 1], [2, 2], [-2, 0], [-3, -3], [4, 2], [-1, -1]], [0, 0, 1, 1, 2, 2],
+                        names=("film", "news", "lexicon"), texts=texts)
+    found = learn_vocabulary(BYTES, j, make_trunk(BERT))
+    at = {h: i for i, h in enumerate(found.known.tolist())}
+    word = {w: at[zlib.crc32(w.encode())] for w in ("fine", "film", "day", "poor", "grim")}
+    assert {w: found.valence[i].item() for w, i in word.items()} == {
+        "fine": 3, "grim": -1, "film": 0, "day": 0, "poor": 0}
+    # y: film 2, 2 (no spread: 0, 0), news -1, -3 (1, -1), lexicon 3, -1 (1, -1) in both domains
+    raw = {"fine": 2 / 5, "film": 1 / 3, "day": 1 / 3, "poor": 0, "grim": 2 / 3}
+    scale = found.polarity[word["grim"]].item() / raw["grim"]
+    for w, r in raw.items():
+        assert found.polarity[word[w]].item() == pytest.approx(scale * r, abs=1e-6)
+    own = [h for h in at if h == (zlib.crc32(b"fine") + 0x9E3779B1) % 2**32]
+    assert len(own) == 1  # films' own "fine": two films and the lexicon
+
+
 def by_hand(model, ids, domain):
     """The encoder's margin of one unpadded text, from the trunk's embeddings and hidden states."""
     idx = torch.tensor([ids])
     segment = torch.full_like(idx, domain)
-    h, x = model.trunk(idx, segment=segment)[0], model.trunk.embed(idx, segment)[0]
-    pooled = torch.cat((h[-1] if type(model.trunk) is GPT else h.mean(0), x.mean(0)))
-    return (pooled @ model.score.weight[0]).item()
+    table, (rows, start) = model.members[0].pieces.weight, pieces(BYTES.tokens, idx)
+    extra = torch.stack([table[row].mean(0) if len(row) else 0 * table[0] for row in
+                         rows.tensor_split(start[1:])])[None]
+    trunk = model.members[0].trunk
+    h, x = trunk(idx, None, segment, extra)[0], trunk.embed(idx, segment, extra)[0]
+    pooled = torch.cat((h[-1] if type(trunk) is GPT else h.mean(0), x.mean(0)))
+    return (pooled @ model.members[0].score.weight[0]).item()
 
 
 def linear_by_hand(model, text, domain):
-    ids = ngrams([text], [domain], model.config.buckets)[0]
-    return 3 * math.tanh(10 * model.linear.weight[ids].sum().item() / len(ids) ** 0.5 / 3)
+    """The linear margin from the n-grams that the model knows."""
+    part = model.members[0].linear
+    hashes = grams(text, domain).tolist()
+    rows = [i for h in hashes for i in (part.known == h).nonzero().flatten().tolist()]
+    total = sum((part.polarity[i] * part.weight[i] + part.u[domain] * part.valence[i]).item()
+                for i in rows)
+    return 3 * math.tanh(10 * total / (len(rows) + 1) ** 0.5 / 3)
 
 
 @pytest.mark.parametrize("cls", TRUNKS)
 def test_score_is_of_the_real_tokens_only(cls):
     """The last one of a causal trunk, the mean of an encoder; padding is unseen."""
     model = make_model(cls)
-    idx, mask, domain, *grams = model.inputs(BYTES, TEXTS, DOMAINS)
+    idx, mask, domain, *rest = model.inputs(BYTES, TEXTS, DOMAINS)
     assert torch.equal(domain, DOMAINS)
-    score, linear = model(idx, mask, domain, *grams).unbind(1)
+    score, linear = model((idx, mask, domain, *rest)).unbind(1)
     assert score.shape == (len(TEXTS),) and score.dtype == linear.dtype == torch.float32
     expected = [by_hand(model, row[real].tolist(), domain)
                 for row, real, domain in zip(idx, mask, DOMAINS.tolist(), strict=True)]
@@ -156,9 +206,22 @@ def test_score_is_of_the_real_tokens_only(cls):
                                                  zip(TEXTS, DOMAINS.tolist(), strict=True)],
                                rtol=0, atol=1e-5)
     junk = torch.where(mask, idx, 7)
-    torch.testing.assert_close(model(junk, mask, DOMAINS, *grams)[:, 0], score, rtol=0, atol=1e-6)
-    other = model(idx, mask, torch.zeros_like(DOMAINS), *grams)[:, 0]
+    torch.testing.assert_close(model((junk, mask, DOMAINS, *rest))[:, 0], score, rtol=0, atol=1e-6)
+    other = model((idx, mask, torch.zeros_like(DOMAINS), *rest))[:, 0]
     assert score.std() > 0.1 and torch.equal(other != score, DOMAINS > 0)
+
+
+def test_hidden_tokens_are_masks_to_the_encoder_alone():
+    model, hide = make_model(BERT), torch.zeros(len(TEXTS), 24, dtype=torch.bool)
+    plain = model.inputs(BYTES, TEXTS, DOMAINS)
+    hide[3] = True
+    idx, mask, _, hashes, start, _, row_start = model.inputs(BYTES, TEXTS, DOMAINS, hide)
+    mask_id = BYTES.special("[MASK]")
+    assert torch.equal(hashes, plain[3]) and torch.equal(start, plain[4])
+    n = len(" zz top")
+    assert idx[3, : n + 2].tolist() == [plain[0][3, 0], *[mask_id] * n, plain[0][3, n + 1]]
+    assert torch.equal(idx[:3], plain[0][:3]) and torch.equal(mask, plain[1])
+    assert (torch.diff(row_start).view(-1)[3 * idx.shape[1] : 4 * idx.shape[1]] == 0).all()
 
 
 @pytest.mark.parametrize("cls, n_segment", [(BERT, 0), (BERT, 2), (GPT, 0)])
@@ -167,7 +230,7 @@ def test_all_domains_start_as_the_pretrained_trunk(cls, n_segment):
     trunk = make_trunk(cls, n_segment=n_segment)
     model, idx = RewardModel.on(trunk.eval(), n_domain=4).eval(), torch.arange(12).view(2, 6)
     for segment in (None, torch.zeros_like(idx), torch.full_like(idx, 3)):
-        assert torch.equal(model.trunk(idx, segment=segment), trunk(idx))
+        assert torch.equal(model.members[0].trunk(idx, segment=segment), trunk(idx))
 
 
 @pytest.mark.parametrize("cls", TRUNKS)
@@ -216,10 +279,8 @@ def test_normalise_needs_scores_that_differ():
 @pytest.mark.parametrize("cls", TRUNKS)
 def test_score_texts_depends_on_no_batch_and_no_order(cls):
     model = make_model(cls)
-    spaced = [b" " + t.strip().encode() for t in TEXTS]  # a first word is like any other
-    rows = ([BYTES.special("[CLS]"), *t[:22], BYTES.special("[SEP]")] for t in spaced)
-    parts = [(by_hand(model, row, d), linear_by_hand(model, text, d))
-             for row, text, d in zip(rows, TEXTS, DOMAINS.tolist(), strict=True)]
+    parts = [(by_hand(model, token_row(text), d), linear_by_hand(model, text, d))
+             for text, d in zip(TEXTS, DOMAINS.tolist(), strict=True)]
     with torch.no_grad():
         model.gain.fill_(1.5), model.bias.fill_(-0.5)
         model.v.copy_(torch.tensor([0.3, 0.9]))
@@ -234,7 +295,8 @@ def test_score_texts_depends_on_no_batch_and_no_order(cls):
     assert not score.requires_grad and model.score_texts(BYTES, []).shape == (0,)
     same = model.score_texts(BYTES, TEXTS, 2)  # one domain for all
     torch.testing.assert_close(same, model.score_texts(BYTES, TEXTS, np.full(len(TEXTS), 2)))
-    torch.nn.init.zeros_(model.linear.weight)  # it reads all of a text, the encoder its context
+    for p in model.members[0].linear.parameters():  # it reads all words, the encoder its context
+        torch.nn.init.zeros_(p)
     long = ["x" * 21, "x" * 22, "x" * 500]  # cut at 24 tokens, [CLS] and [SEP] included
     a, b, c = model.score_texts(BYTES, long).tolist()
     assert a == b == c
@@ -244,9 +306,9 @@ def test_score_texts_is_without_dropout_and_leaves_the_mode_alone():
     torch.manual_seed(0)
     model = RewardModel.on(make_trunk(BERT), n_domain=3, dropout=0.5).train()
     batch = model.inputs(BYTES, TEXTS, DOMAINS)
-    assert not torch.equal(model(*batch), model(*batch))
+    assert not torch.equal(model(batch), model(batch))
     assert torch.equal(model.score_texts(BYTES, TEXTS), model.score_texts(BYTES, TEXTS))
-    assert model.training and model.trunk.training
+    assert model.training and model.members[0].trunk.training
     model.eval().score_texts(BYTES, TEXTS)
     assert not model.training
 
@@ -255,9 +317,9 @@ def test_the_head_starts_as_in_ziegler():
     """N(0, 1 / (inputs + 1)), bias 0; off by a fifth of its 512 weights' sd: odds of 1 in 10^9."""
     torch.manual_seed(0)
     head = RewardModel.on(make_trunk(BERT, n_embd=256), n_domain=1)
-    assert head.score.bias is None and head.gain == 1 and head.bias == 0
-    n = head.score.in_features
-    assert n >= 256 and 0.8 < head.score.weight.std().item() * (n + 1) ** 0.5 < 1.2
+    assert head.members[0].score.bias is None and head.gain == 1 and head.bias == 0
+    n = head.members[0].score.in_features
+    assert n >= 256 and 0.8 < head.members[0].score.weight.std().item() * (n + 1) ** 0.5 < 1.2
 
 
 @pytest.mark.parametrize("trunk", [
@@ -266,10 +328,10 @@ def test_the_head_starts_as_in_ziegler():
 def test_every_parameter_that_trains_gets_a_gradient(trunk):
     """DDP stops at one that does not; the trunk's own heads are frozen, tied embeddings not."""
     model = RewardModel.on(trunk, n_domain=3)
-    model(*model.inputs(BYTES, TEXTS, DOMAINS)).sum().backward()
+    model(model.inputs(BYTES, TEXTS, DOMAINS)).sum().backward()
     without = [name for name, p in model.named_parameters() if (p.grad is None) == p.requires_grad]
-    assert not without and model.trunk.wte.weight.requires_grad
-    copy = dict(model.trunk.named_parameters())
+    assert not without and model.members[0].trunk.wte.weight.requires_grad
+    copy = dict(model.members[0].trunk.named_parameters())
     for name, p in trunk.named_parameters():
         assert torch.equal(copy[name], p) and copy[name] is not p
 
@@ -277,11 +339,12 @@ def test_every_parameter_that_trains_gets_a_gradient(trunk):
 @pytest.mark.parametrize("cls", TRUNKS)
 def test_save_and_load(cls, tmp_path):
     model = make_model(cls)
+    assert len(model.members[0].linear.known) > 20
     model.normalise(model.score_texts(BYTES, TEXTS))
     score = model.score_texts(BYTES, TEXTS)
     checkpoint.save(tmp_path / "run" / "best", model, tokenizer=BYTES)
     loaded = checkpoint.load(tmp_path / "run" / "best", RewardModel)
-    assert loaded.config == model.config and type(loaded.trunk) is cls
+    assert loaded.config == model.config and type(loaded.members[0].trunk) is cls
     assert all(torch.equal(x, loaded.state_dict()[k]) for k, x in model.state_dict().items())
     assert torch.equal(loaded.eval().score_texts(BYTES, TEXTS), score)
     reward = load_reward(str(tmp_path / "run"), CPU)  # as a function, from its run's folder
@@ -529,7 +592,7 @@ def test_a_model_learns_what_raters_prefer():
     for step in range(50):
         rows, wins, valid = comparison_groups(train, step, n_groups=4, group_size=8, seed=0)
         texts_ = [train.texts[r] for r in rows.flatten()]
-        margins = model(*model.inputs(BYTES, texts_, torch.zeros(rows.numel(), dtype=torch.int64)))
+        margins = model(model.inputs(BYTES, texts_, torch.zeros(rows.numel(), dtype=torch.int64)))
         loss = sum(bradley_terry(part.view(rows.shape), wins, valid)[0] for part in margins.T)
         adam.zero_grad()
         loss.backward()
