@@ -420,7 +420,7 @@ def both(python: Python, *words) -> list:
 
 @pytest.mark.parametrize("name", ["gpt", "bert", "reward", "ppo"])
 def test_two_processes_equal_one(python, demo, tmp_path, name):
-    flags = ["--dropout", 0, "--ngram_dropout", 0] if name == "reward" else []
+    flags = ["--dropout", 0, "--ngram_dropout", 0, "--members", 2] if name == "reward" else []
     python.ok(*stage(name, tmp_path / "one", *flags))
     words = stage(name, tmp_path / "two", *flags)
     if name == "gpt":  # once by the real launcher

@@ -68,7 +68,7 @@ def grams(text, domain):
     return ngrams([text], idx, idx >= 0, [domain])[0]
 
 
-def make_model(cls, seed=0, **options):
+def make_model(cls, seed=0, members=1, **options):
     """A reward model of three domains that differ, which knows the n-grams of TEXTS."""
     torch.manual_seed(seed)
     known = torch.cat([grams(t, d) for t, d in zip(TEXTS, DOMAINS.tolist(), strict=True)])
@@ -77,7 +77,7 @@ def make_model(cls, seed=0, **options):
     words = Vocabulary(known, torch.rand(len(known)) * seen,
                        torch.rand(len(known), 1) * seen[:, None])
     trunk = make_trunk(cls, seed, **options)
-    model = RewardModel.on(trunk, n_domain=3, vocabulary=words).eval()
+    model = RewardModel.on(trunk, n_domain=3, vocabulary=words, members=members).eval()
     with torch.no_grad():
         for member in model.members:
             member.trunk.wse.weight.add_(0.5 * torch.randn(3, trunk.config.n_embd))
@@ -224,6 +224,20 @@ def test_hidden_tokens_are_masks_to_the_encoder_alone():
     assert (torch.diff(row_start).view(-1)[3 * idx.shape[1] : 4 * idx.shape[1]] == 0).all()
 
 
+def test_members_learn_from_batches_of_their_own_and_score_together():
+    model = make_model(BERT, members=2)
+    a, b = (model.inputs(BYTES, texts, DOMAINS) for texts in (TEXTS, TEXTS[::-1]))
+    parts = [member(*batch) for member, batch in zip(model.members, (a, b), strict=True)]
+    assert torch.equal(model(a, b), torch.cat(parts, dim=1))
+    assert parts[0].std() > 0.1 and not torch.equal(parts[0].flip(0), parts[1])  # heads differ
+    assert model.v.tolist() == [0.25] * 4
+    both = torch.cat([member(*a) for member in model.members], dim=1).detach()
+    torch.testing.assert_close(model.margins_of(BYTES, TEXTS, DOMAINS), both, rtol=0, atol=1e-5)
+    model.v.copy_(torch.tensor([1.0, -2.0, 3.0, 0.5]))
+    torch.testing.assert_close(model.score_texts(BYTES, TEXTS, DOMAINS), both @ model.v, rtol=0,
+                               atol=1e-4)
+
+
 @pytest.mark.parametrize("cls, n_segment", [(BERT, 0), (BERT, 2), (GPT, 0)])
 def test_all_domains_start_as_the_pretrained_trunk(cls, n_segment):
     """Which has seen its first segment at most."""
@@ -338,8 +352,8 @@ def test_every_parameter_that_trains_gets_a_gradient(trunk):
 
 @pytest.mark.parametrize("cls", TRUNKS)
 def test_save_and_load(cls, tmp_path):
-    model = make_model(cls)
-    assert len(model.members[0].linear.known) > 20
+    model = make_model(cls, members=2)
+    assert len(model.members[1].linear.known) > 20
     model.normalise(model.score_texts(BYTES, TEXTS))
     score = model.score_texts(BYTES, TEXTS)
     checkpoint.save(tmp_path / "run" / "best", model, tokenizer=BYTES)
