@@ -161,8 +161,8 @@ def comparison_loss(model, core, flags: RewardFlags, tokenizer, j, step: int,
     parts = [comparison_batch(core, flags, tokenizer, j, n * step + k, runtime) for k in range(n)]
     batches, wins, valid, total = zip(*parts, strict=True)
     with runtime.autocast():
-        margins = model(*batches)  # (GK, 2 members)
-    margins = margins.T.reshape(-1, flags.group_size)  # (2 members G, K)
+        margins = model(*batches)  # (members, GK, 2)
+    margins = margins.transpose(1, 2).reshape(-1, flags.group_size)  # (2 members G, K)
     wins, valid = (torch.cat([y for x in xs for y in (x, x)]) for xs in (wins, valid))
     loss, info = reward.bradley_terry(margins, wins, valid)
     return loss * info["n_pairs"] * runtime.world / (2 * sum(total))  # a mean over all processes
@@ -190,8 +190,8 @@ def finish_reward(flags: RewardFlags, tokenizer, val, test, yardstick: Rollout, 
         checkpoint.save(flags.out / "best", model, tokenizer=tokenizer)
     report = test_pairs(model, tokenizer, test, runtime, n_pairs=80_000)
     given = json.loads((flags.data / "meta.json").read_bytes()).get("given", {})
-    weights = {"encoder": model.v[::2].sum().item(), "linear": model.v[1::2].sum().item()}
-    return {**report, "weights": weights, "given": given}
+    return {**report, "weights": dict(zip(("encoder", "linear"), model.v.tolist(), strict=True)),
+            "given": given}
 
 
 def train_reward(flags: RewardFlags) -> None:

@@ -83,7 +83,7 @@ class Member(nn.Module):
 
 
 class RewardModel(nn.Module):
-    """score = gain * (v . margins) + bias, (B,), over the margins of all members.
+    """score = gain * (v . margins) + bias, (B,); margins are the mean of the members' (B, 2).
 
     Each margin learns as if it were alone, since of two that are trained on their sum the faster
     one leaves the other nothing to learn; they err in different places, and `stack` weighs them.
@@ -96,7 +96,7 @@ class RewardModel(nn.Module):
         super().__init__()
         self.config = config
         self.members = nn.ModuleList(Member(config) for _ in range(config.members))
-        self.register_buffer("v", torch.full((2 * config.members,), 0.5 / config.members))
+        self.register_buffer("v", torch.full((2,), 0.5))
         self.register_buffer("gain", torch.ones(()))
         self.register_buffer("bias", torch.zeros(()))
 
@@ -130,9 +130,9 @@ class RewardModel(nn.Module):
         return idx, mask, domain, *grams, *pieces(tokenizer.tokens, idx)
 
     def forward(self, *batches: Sequence[Tensor]) -> Tensor:
-        """A batch of `inputs` for each member -> margins (B, 2 members)."""
+        """A batch of `inputs` for each member -> their margins (members, B, 2)."""
         parts = [member(*batch) for member, batch in zip(self.members, batches, strict=True)]
-        return torch.cat(parts, dim=1)
+        return torch.stack(parts)
 
     @torch.no_grad()
     def normalise(self, score: Tensor) -> None:
@@ -148,15 +148,14 @@ class RewardModel(nn.Module):
     # the least nats per pair + .0005 |v - 1/2|^2, which decides where pairs say nothing. By Newton.
     @torch.no_grad()
     def stack(self, margins: Tensor, pairs: dict[str, np.ndarray]) -> None:
-        """Sets v from margins (N, n) of texts that no part has learnt, and people's comparisons."""
+        """Sets v from margins (N, 2) of texts that no part has learnt, and people's comparisons."""
         a, b, sign = (torch.from_numpy(pairs[key]) for key in ("a", "b", "a_wins"))
-        d = (margins[a] - margins[b]).double() * torch.where(sign, 1.0, -1.0)[:, None]  # (P, n)
-        n = d.shape[1]
-        v = d.new_full((n,), 1 / n)
+        d = (margins[a] - margins[b]).double() * torch.where(sign, 1.0, -1.0)[:, None]  # (P, 2)
+        v = d.new_full((2,), 0.5)
         for _ in range(20):
             p = torch.sigmoid(-(d @ v))[:, None]  # (P, 1), of the answer that was not given
-            slope = 0.001 * (v - 1 / n) - (p * d).mean(0)
-            curvature = 0.001 * torch.eye(n) + (p * (1 - p) * d).T @ d / len(d)  # (n, n)
+            slope = 0.001 * (v - 0.5) - (p * d).mean(0)
+            curvature = 0.001 * torch.eye(2) + (p * (1 - p) * d).T @ d / len(d)  # (2, 2)
             v = v - torch.linalg.solve(curvature, slope)
         self.v.copy_(v)
 
@@ -169,7 +168,7 @@ class RewardModel(nn.Module):
     @torch.no_grad()
     def margins_of(self, tokenizer: Tokenizer, texts: Sequence[str], domain=0,
                    batch: int = 256) -> Tensor:
-        """Margins (N, n) on the CPU, in eval mode, batched by length, long texts cut.
+        """Margins (N, 2) on the CPU, in eval mode, batched by length, long texts cut.
 
         domain: of each text (N,), or of all; 0 is the first in judgements.jsonl.
         """
@@ -177,11 +176,12 @@ class RewardModel(nn.Module):
         self.eval()
         domain = torch.as_tensor(domain).expand(len(texts))
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        out = torch.empty(len(texts), len(self.v))
+        out = torch.empty(len(texts), 2)
         for i in range(0, len(texts), batch):
             rows = order[i : i + batch]
             inputs = self.inputs(tokenizer, [texts[r] for r in rows], domain[rows])
-            out[rows] = self(*[[x.to(device) for x in inputs]] * len(self.members)).cpu()
+            inputs = [x.to(device) for x in inputs]
+            out[rows] = self(*[inputs] * len(self.members)).mean(0).cpu()
         self.train(training)
         return out
 
