@@ -168,12 +168,12 @@ def comparison_loss(model, core, flags: RewardFlags, tokenizer, j, step: int,
     return loss * info["n_pairs"] * runtime.world / (2 * sum(total))  # a mean over all processes
 
 
-def test_pairs(model, tokenizer, j, runtime, *, n_pairs: int) -> dict:
+def test_pairs(model, tokenizer, j: judgements.Judgements, runtime) -> dict:
     """Agreement with raters on held-out snippets, on Bradley-Terry's own scale."""
     with runtime.autocast():
         score = model.score_texts(tokenizer, j.texts, j.domains)
     score = (score - model.bias.cpu()) / model.gain.cpu()
-    return reward.pair_report(score.double().numpy(), j, n_pairs=n_pairs, seed=0)
+    return reward.pair_report(score.double().numpy(), j)
 
 
 def finish_reward(flags: RewardFlags, tokenizer, val, test, yardstick: Rollout, runtime) -> dict:
@@ -181,14 +181,12 @@ def finish_reward(flags: RewardFlags, tokenizer, val, test, yardstick: Rollout, 
     model = checkpoint.load(flags.out / "best", reward.RewardModel).to(runtime.device)
     model.gain.fill_(1), model.bias.zero_()  # resumed here, it may have been normalised before
     with runtime.autocast():
-        margins = model.margins_of(tokenizer, val.texts, val.domains)
-    model.stack(margins, judgements.human_pairs(val, n_pairs=80_000, seed=0))
-    with runtime.autocast():
+        model.stack(model.margins_of(tokenizer, val.texts, val.domains), val.pairs)
         model.normalise(ppo.score_rollouts(lambda _, texts: model.score_texts(tokenizer, texts),
                                            yardstick, tokenizer, runtime))
     if runtime.is_main:
         checkpoint.save(flags.out / "best", model, tokenizer=tokenizer)
-    report = test_pairs(model, tokenizer, test, runtime, n_pairs=80_000)
+    report = test_pairs(model, tokenizer, test, runtime)
     given = json.loads((flags.data / "meta.json").read_bytes()).get("given", {})
     return {**report, "weights": dict(zip(("encoder", "linear"), model.v.tolist(), strict=True)),
             "given": given}
@@ -204,8 +202,8 @@ def train_reward(flags: RewardFlags) -> None:
     train, val, test = (judgements.Judgements.load(flags.data, s) for s in ("train", "val", "test"))
     yardstick = reference_rollout(flags, tokenizer, runtime)  # now: a wrong flag shows at once
     core = reward.RewardModel.on(
-        trunk, n_domain=len(train.domain_names), dropout=flags.dropout,
-        ngram_dropout=flags.ngram_dropout, members=flags.members,
+        trunk, n_domain=len(train.domain_names), dropout=flags.dropout, members=flags.members,
+        ngram_dropout=flags.ngram_dropout,
         vocabulary=reward.learn_vocabulary(tokenizer, train, trunk)).to(runtime.device)
     optimizers = optim.make_optimizers(core, lr=flags.lr, muon_lr=flags.muon_lr, betas=(0.9, 0.98),
                                        weight_decay=flags.weight_decay, dtype=runtime.dtype)
@@ -232,7 +230,7 @@ def train_reward(flags: RewardFlags) -> None:
             log.step(step, loss_nats_per_pair=runtime.mean(loss.detach()).item())
             stop, last = runtime.any(interrupt.set), step == flags.steps
             if step % flags.eval_every == 0 or last:
-                report = test_pairs(average.module, tokenizer, val, runtime, n_pairs=80_000)
+                report = test_pairs(average.module, tokenizer, val, runtime)
                 log.event(step, val_nats_per_pair=report["nats_per_pair"],
                           val_pair_accuracy=report["pair_accuracy"])
                 training.check_finite(math.isfinite(report["nats_per_pair"]), step, flags.out)

@@ -153,13 +153,12 @@ def dots(axes, summary: dict, rows: list[dict], of: tuple[str, str, str]) -> boo
 def reliability(axes, summary: dict, rows: list[dict]) -> bool:
     """Predicted against observed frequency of the likelier answer, and the diagonal."""
     bins = summary.get("calibration") or []
-    p, q, n = (np.array([b[k] for b in bins], float) for k in ("predicted", "observed", "n"))
-    middle = (q * n + 1) / (n + 2)  # a few answers that are all alike are not certain
+    p, q, n = (np.array([b[k] for b in bins], float) for k in ("predicted", "observed", "share"))
     axes.plot([0.5, 1], [0.5, 1], color=YARD, lw=1.5, label="perfect")
     miss = summary.get("calibration_error")
     label = "this run" if miss is None else f"this run\nmiss {miss:.3f}"
-    axes.plot(p, q, "o-", color=OURS, lw=1.5, ms=4.5, label=label)
-    axes.errorbar(p, q, np.sqrt(middle * (1 - middle) / n), color=OURS, fmt="none")
+    axes.plot(p, q, color=OURS, lw=1.5, label=label)
+    axes.scatter(p, q, s=200 * n, color=OURS)  # area: a bin's share of the answers
     axes.set(xlim=(0.5, 1), xlabel="predicted probability of the likelier answer")
     return bool(bins)
 

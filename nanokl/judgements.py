@@ -9,6 +9,7 @@ Left out: who rated what (the raters are anonymous) and comparisons across domai
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,11 @@ class Judgements:
     def mean(self) -> np.ndarray:
         """(n,) mean rating of each text."""
         return self.ratings.sum(1) / self.n_ratings
+
+    @cached_property
+    def pairs(self) -> "HumanPairs":
+        """All judgements to test a model on."""
+        return human_pairs(self)
 
     @classmethod
     def load(cls, folder, split: str) -> "Judgements":
@@ -90,41 +96,52 @@ def comparison_groups(j: Judgements, step: int, *, n_groups: int, group_size: in
     return torch.from_numpy(rows), torch.from_numpy(wins).float(), torch.from_numpy(valid)
 
 
+@dataclass(frozen=True)
+class HumanPairs:
+    """Every comparison of two snippets of one domain that raters imply, (P,) arrays.
+
+    The weights are the odds of drawing that answer: the domains have equal shares, and in each a
+    pair of snippets, and one rater of either, are drawn uniformly, ties dropped. They sum to 1.
+    """
+
+    a: np.ndarray  # rows of two snippets, a < b
+    b: np.ndarray
+    domain: np.ndarray
+    wins: np.ndarray  # weight of the answer that a is higher
+    loses: np.ndarray  # and that b is
+    human: np.ndarray  # of both, times the odds that the other raters' means agree; ties count 1/2
+
+
 # With s the sum of a snippet's n ratings and x the one drawn, the others' mean is (s - x)/(n - 1).
 # For two snippets the sign of the difference of their others' means is that of
 #
 #     (s_a - x_a)(n_b - 1) - (s_b - x_b)(n_a - 1),        exact for whole ratings
 #
-def human_pairs(j: Judgements, *, n_pairs: int, seed: int) -> dict[str, np.ndarray]:
-    """Judgements to test a model on, each with the answer of the other raters; arrays (n_pairs,).
+def human_pairs(j: Judgements) -> HumanPairs:
+    """`HumanPairs` of judgements; UserError when no two snippets of a domain can be compared.
 
-    a, b: different snippets of one domain; a_wins: the answer of one rater for each, never a tie;
-    human: 1 where the means of the other raters agree with it, 0 where not, .5 where they tie;
-    domain. The domains have equal shares. UserError when no two snippets can be compared.
+    Snippets with one rating are left out: nobody else rated them.
     """
-    rng = generator(seed, "pairs")
-    present = np.unique(j.domains)
-    shares = np.diff(np.arange(len(present) + 1) * n_pairs // len(present))
-    parts = [_untied_pairs(j, d, n, rng) for d, n in zip(present, shares, strict=True)]
-    a, b, x_a, x_b = (np.concatenate(column) for column in zip(*parts, strict=True))
-    total, others = j.ratings.sum(1, dtype=np.float64), j.n_ratings - 1
-    gap = (total[a] - x_a) * others[b] - (total[b] - x_b) * others[a]
-    human = (1 + np.sign(gap) * np.sign(x_a - x_b)) / 2
-    return {"a": a, "b": b, "a_wins": x_a > x_b, "human": human, "domain": j.domains[a]}
-
-
-def _untied_pairs(j: Judgements, domain: int, n: int, rng: torch.Generator) -> list[np.ndarray]:
-    """n pairs of one domain whose two ratings differ: rows a and b, ratings of a and b."""
-    rows = np.flatnonzero((j.domains == domain) & (j.n_ratings > 1))  # so that others rated it too
-    parts, found = [], 0
-    for _ in range(100 if len(rows) > 1 else 0):
-        i = torch.randint(len(rows), (2 * n + 64,), generator=rng).numpy()
-        shift = torch.randint(1, len(rows), (2 * n + 64,), generator=rng).numpy()
-        a, b = rows[i], rows[(i + shift) % len(rows)]
-        x_a, x_b = _one_rating(j, a, rng), _one_rating(j, b, rng)
-        parts.append([column[x_a != x_b] for column in (a, b, x_a, x_b)])
-        found += len(parts[-1][0])
-        if found >= n:
-            return [np.concatenate(column)[:n] for column in zip(*parts, strict=True)]
-    raise UserError(f"the ratings of the domain {j.domain_names[domain]} hold too few different "
-                    "judgements to compare: give more snippets or raters")
+    values = np.unique(j.ratings)
+    parts, present = [], np.unique(j.domains)
+    for d in present:
+        rows = np.flatnonzero((j.domains == d) & (j.n_ratings > 1))
+        n, total = j.n_ratings[rows], j.ratings[rows].sum(1, dtype=np.float64)
+        seen = np.arange(j.ratings.shape[1]) < n[:, None]
+        odds = np.stack([((j.ratings[rows] == x) & seen).sum(1) for x in values], 1) / n[:, None]
+        higher, agree = np.zeros((2, len(rows), len(rows)))  # x_a > x_b, and the others say so
+        for u, x_a in enumerate(values):
+            for v, x_b in enumerate(values[:u]):
+                both = np.outer(odds[:, u], odds[:, v])
+                gap = np.outer(total - x_a, n - 1) - np.outer(n - 1, total - x_b)
+                higher += both
+                agree += both * (1 + np.sign(gap)) / 2
+        a, b = np.triu_indices(len(rows), 1)
+        wins, loses, human = higher[a, b], higher[b, a], agree[a, b] + agree[b, a]
+        scale = (wins + loses).sum() * len(present)
+        if not scale:
+            raise UserError(f"the ratings of the domain {j.domain_names[d]} hold too few different "
+                            "judgements to compare: give more snippets or raters")
+        parts.append((rows[a], rows[b], np.full(len(a), d), *(w / scale for w in
+                                                               (wins, loses, human))))
+    return HumanPairs(*map(np.concatenate, zip(*parts, strict=True)))

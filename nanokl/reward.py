@@ -19,7 +19,7 @@ from nanokl import UserError, checkpoint
 from nanokl.bert import BERT
 from nanokl.data import text_batch
 from nanokl.gpt import GPT
-from nanokl.judgements import Judgements, human_pairs
+from nanokl.judgements import HumanPairs, Judgements
 from nanokl.ngrams import NOTHING, PIECES, NgramScore, Vocabulary, ngrams, pieces, vocabulary
 from nanokl.tokenizer import Tokenizer
 
@@ -147,15 +147,16 @@ class RewardModel(nn.Module):
     # Wolpert 1992, Platt 1999: P(a beats b) = sigmoid(v . (m_a - m_b)), as in bradley_terry; v has
     # the least nats per pair + .0005 |v - 1/2|^2, which decides where pairs say nothing. By Newton.
     @torch.no_grad()
-    def stack(self, margins: Tensor, pairs: dict[str, np.ndarray]) -> None:
+    def stack(self, margins: Tensor, pairs: HumanPairs) -> None:
         """Sets v from margins (N, 2) of texts that no part has learnt, and people's comparisons."""
-        a, b, sign = (torch.from_numpy(pairs[key]) for key in ("a", "b", "a_wins"))
-        d = (margins[a] - margins[b]).double() * torch.where(sign, 1.0, -1.0)[:, None]  # (P, 2)
+        d = (margins[pairs.a] - margins[pairs.b]).double()  # (P, 2)
+        wins, loses = torch.from_numpy(pairs.wins), torch.from_numpy(pairs.loses)
         v = d.new_full((2,), 0.5)
         for _ in range(20):
-            p = torch.sigmoid(-(d @ v))[:, None]  # (P, 1), of the answer that was not given
-            slope = 0.001 * (v - 0.5) - (p * d).mean(0)
-            curvature = 0.001 * torch.eye(2) + (p * (1 - p) * d).T @ d / len(d)  # (2, 2)
+            p = torch.sigmoid(d @ v)  # (P,)
+            slope = 0.001 * (v - 0.5) + ((wins + loses) * p - wins) @ d
+            each = (wins + loses) * p * (1 - p)
+            curvature = 0.001 * torch.eye(2) + (each[:, None] * d).T @ d  # (2, 2)
             v = v - torch.linalg.solve(curvature, slope)
         self.v.copy_(v)
 
@@ -214,65 +215,74 @@ def bradley_terry(score: Tensor, wins: Tensor, valid: Tensor) -> tuple[Tensor, d
     return (nll * valid).sum() / valid.sum().clamp(min=1), {"n_pairs": valid.sum()}
 
 
-def calibration(margin: np.ndarray, a_wins: np.ndarray, n_bins: int = 10) -> list[dict]:
-    """Predicted and observed frequency of the likelier answer, in bins of equal width."""
+def calibration(margin: np.ndarray, wins: np.ndarray, loses: np.ndarray,
+                n_bins: int = 10) -> list[dict]:
+    """Predicted and observed frequency of the likelier answer, in bins of equal width.
+
+    margin, and the weights of both answers: (P,); share is a bin's part of the weights.
+    """
     p = 1 / (1 + np.exp(-np.abs(margin)))  # of the answer that the model prefers, .5 to 1
-    right = (margin > 0) == a_wins
+    weight, right = wins + loses, np.where(margin > 0, wins, loses)
     which = np.minimum(((p - 0.5) * 2 * n_bins).astype(int), n_bins - 1)
-    return [{"predicted": float(p[which == b].mean()), "observed": float(right[which == b].mean()),
-             "n": int((which == b).sum())} for b in range(n_bins) if (which == b).any()]
+    share, predicted, observed = (np.bincount(which, x, n_bins) for x in
+                                  (weight, weight * p, right))
+    return [{"predicted": predicted[b] / share[b], "observed": observed[b] / share[b],
+             "share": share[b] / share.sum()} for b in np.flatnonzero(share)]
 
 
-def bootstrap_se(right: np.ndarray, a: np.ndarray, b: np.ndarray, *, snippets: np.ndarray,
+def bootstrap_se(right: np.ndarray, weight: np.ndarray, a: np.ndarray, b: np.ndarray, *,
                  seed: int, repeats: int = 200) -> float:
-    """Standard error of a pair accuracy whose pairs share snippets: the snippets are resampled.
+    """Standard error of sum(right) / sum(weight), (P,) of pairs a, b: the snippets are resampled.
 
     A pair weighs the product of its snippets' multiplicities (dyadic): if anything, too wide.
     """
-    rng = np.random.default_rng(seed)
-    means = []
-    for _ in range(repeats):
-        times = np.bincount(rng.choice(snippets, len(snippets)), minlength=snippets.max() + 1)
-        weight = times[a] * times[b]
-        means.append((right * weight).sum() / max(weight.sum(), 1))
-    return float(np.std(means))
+    rng, snippets = np.random.default_rng(seed), np.union1d(a, b)
+    n, place = len(snippets), (np.searchsorted(snippets, a), np.searchsorted(snippets, b))
+    times = rng.multinomial(n, np.full(n, 1 / n), size=repeats).astype(float)  # (repeats, n)
+    sums = []
+    for x in (right, weight):
+        table = np.zeros((n, n))
+        np.add.at(table, place, x)
+        sums.append((times @ table * times).sum(1))
+    return float(np.std(sums[0] / np.maximum(sums[1], np.finfo(float).tiny)))
 
 
-def pair_report(score: np.ndarray, j: Judgements, *, n_pairs: int, seed: int) -> dict:
+def pair_report(score: np.ndarray, j: Judgements) -> dict:
     """How far scores (n,) of snippets agree with single raters, beside how far other raters do.
 
-    Pair accuracy with standard error and human ceiling, pooled (equal shares of the domains) and
-    by domain; Pearson r with the mean rating beside one rater's r with the others' mean;
-    calibration of sigmoid(score_a - score_b).
+    Exactly, over all pairs of snippets and of their raters: pair accuracy with human ceiling,
+    pooled (equal shares of the domains) and by domain, nats per pair, and calibration of
+    sigmoid(score_a - score_b). The standard errors are over snippets. Pearson r with the mean
+    rating beside one rater's r with the others' mean.
     """
-    pairs = human_pairs(j, n_pairs=n_pairs, seed=seed)
-    margin = score[pairs["a"]] - score[pairs["b"]]
-    right = np.where(margin == 0, 0.5, (margin > 0) == pairs["a_wins"])
-    pick = np.random.default_rng(seed).integers(j.n_ratings)
+    pairs = j.pairs
+    margin, weight = score[pairs.a] - score[pairs.b], pairs.wins + pairs.loses
+    right = np.where(margin == 0, weight / 2, np.where(margin > 0, pairs.wins, pairs.loses))
+    pick = np.random.default_rng(0).integers(j.n_ratings)
     one = j.ratings[np.arange(len(score)), pick]  # a random rater of each snippet
     others = (j.ratings.sum(1) - one) / (j.n_ratings - 1)
     domains = {}
     for d in np.unique(j.domains):
-        rows, mine = pairs["domain"] == d, j.domains == d
+        rows, mine = pairs.domain == d, j.domains == d
         domains[j.domain_names[d]] = {
-            "pair_accuracy": float(right[rows].mean()),
-            "pair_accuracy_se": bootstrap_se(right[rows], pairs["a"][rows], pairs["b"][rows],
-                                             snippets=np.flatnonzero(mine), seed=seed),
-            "human_ceiling": float(pairs["human"][rows].mean()),
+            "pair_accuracy": float(right[rows].sum() / weight[rows].sum()),
+            "pair_accuracy_se": bootstrap_se(right[rows], weight[rows], pairs.a[rows],
+                                             pairs.b[rows], seed=0),
+            "human_ceiling": float(pairs.human[rows].sum() / weight[rows].sum()),
             "pearson_r": float(np.corrcoef(score[mine], j.mean()[mine])[0, 1]),
             "human_r": float(np.corrcoef(one[mine], others[mine])[0, 1]),
             "n_pairs": int(rows.sum()), "n_snippets": int(mine.sum()),
         }
-    bins = calibration(margin, pairs["a_wins"])
-    miss = sum(b["n"] * abs(b["predicted"] - b["observed"]) for b in bins) / len(margin)
+    bins = calibration(margin, pairs.wins, pairs.loses)
+    miss = sum(b["share"] * abs(b["predicted"] - b["observed"]) for b in bins)
     se = sum(d["pair_accuracy_se"] ** 2 for d in domains.values()) ** 0.5 / len(domains)
-    nats = np.logaddexp(0, np.where(pairs["a_wins"], -margin, margin))
+    nats = pairs.wins @ np.logaddexp(0, -margin) + pairs.loses @ np.logaddexp(0, margin)
     return {
-        "pair_accuracy": float(right.mean()), "pair_accuracy_se": se,
-        "human_ceiling": float(pairs["human"].mean()), "nats_per_pair": float(nats.mean()),
+        "pair_accuracy": float(right.sum()), "pair_accuracy_se": se,
+        "human_ceiling": float(pairs.human.sum()), "nats_per_pair": float(nats),
         "pearson_r": {name: d["pearson_r"] for name, d in domains.items()},
         "human_r": {name: d["human_r"] for name, d in domains.items()},
-        "domains": domains, "calibration": bins, "calibration_error": miss,
+        "domains": domains, "calibration": bins, "calibration_error": float(miss),
     }
 
 

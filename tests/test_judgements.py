@@ -123,42 +123,45 @@ def test_groups_complain(tmp_path, n_groups, group_size):
 
 
 def enumerated(lists):
-    """Of all untied pairs of single ratings in a domain: (agreement of the others, weight)."""
-    for a, b in itertools.permutations(lists, 2):
-        for x, y in itertools.product(range(len(a)), range(len(b))):
-            if a[x] != b[y]:
-                others = np.mean(a[:x] + a[x + 1 :]) - np.mean(b[:y] + b[y + 1 :])
+    """Of all untied pairs of single ratings: (snippets, answer, the others' agreement, weight)."""
+    for a, b in itertools.combinations(range(len(lists)), 2):
+        A, B = lists[a], lists[b]
+        for x, y in itertools.product(range(len(A)), range(len(B))):
+            if A[x] != B[y]:
+                others = np.mean(A[:x] + A[x + 1 :]) - np.mean(B[:y] + B[y + 1 :])
                 sign = 0 if abs(others) < 1e-9 else np.sign(others)
-                yield 0.5 + 0.5 * sign * np.sign(a[x] - b[y]), 1 / len(a) / len(b)
+                agree = 0.5 + 0.5 * sign * np.sign(A[x] - B[y])
+                yield (a, b), A[x] > B[y], agree, 1 / len(A) / len(B)
 
 
-def test_human_ceiling_equals_enumeration(tmp_path):
-    """20,000 pairs a domain; each of 2 checks is off by 4.5 standard errors with odds of 7e-6."""
+def test_human_pairs_equal_enumeration(tmp_path):
     j = judgements(tmp_path, RATINGS)
-    pairs = human_pairs(j, n_pairs=40_000, seed=0)
-    assert all(len(column) == 40_000 for column in pairs.values())
-    assert (pairs["a"] != pairs["b"]).all()
-    assert (j.domains[pairs["a"]] == pairs["domain"]).all()
-    assert (j.domains[pairs["b"]] == pairs["domain"]).all()
+    pairs = human_pairs(j)
+    first = 0
     for domain, lists in enumerate(RATINGS.values()):
-        human = pairs["human"][pairs["domain"] == domain]
-        agreement, weight = np.array(list(enumerated(lists))).T
-        assert len(human) == 20_000 and set(human) <= {0, 0.5, 1}
-        exact = np.average(agreement, weights=weight)
-        assert abs(human.mean() - exact) < 4.5 * human.std() / 20_000**0.5
+        answers = list(enumerated(lists))
+        scale = sum(weight for *_, weight in answers) * len(RATINGS)
+        mine = pairs.domain == domain
+        assert mine.sum() == len(lists) * (len(lists) - 1) // 2
+        for a, b, wins, loses, human in zip(*(x[mine] for x in (
+                pairs.a, pairs.b, pairs.wins, pairs.loses, pairs.human)), strict=True):
+            here = [row[1:] for row in answers if row[0] == (a - first, b - first)]
+            expected = [sum(w for won, _, w in here if won == side) for side in (True, False)]
+            expected.append(sum(agree * w for _, agree, w in here))
+            np.testing.assert_allclose([wins, loses, human], np.array(expected) / scale, atol=1e-15)
+        first += len(lists)
+    assert (pairs.wins + pairs.loses).sum() == pytest.approx(1, abs=1e-12)
 
 
 def test_human_pairs_in_clear_cases(tmp_path):
-    j = judgements(tmp_path, {"film": [[4, 4], [-4, -4]], "news": [[3, -3], [0, 0]]})
-    pairs = human_pairs(j, n_pairs=101, seed=0)
-    film = pairs["domain"] == 0
-    assert (pairs["human"][film] == 1).all() and (pairs["human"][~film] == 0).all()
-    assert (pairs["a_wins"][film] == (pairs["a"][film] == 0)).all()
-    again = human_pairs(j, n_pairs=101, seed=0)
-    assert all((pairs[name] == again[name]).all() for name in pairs)
+    j = judgements(tmp_path, {"film": [[4, 4], [-4, -4]], "news": [[3, -3], [0, 0], [1]]})
+    pairs = human_pairs(j)
+    assert (pairs.a.tolist(), pairs.b.tolist(), pairs.domain.tolist()) == ([0, 2], [1, 3], [0, 1])
+    assert pairs.wins.tolist() == [0.5, 0.25] and pairs.loses.tolist() == [0, 0.25]
+    assert pairs.human.tolist() == [0.5, 0]  # the other rater always says the contrary
 
 
 @pytest.mark.parametrize("lists", [[[1, 2, 3]], [[1, 1], [1, 1]], [[1], [2]]])
 def test_human_pairs_complain_when_nothing_compares(tmp_path, lists):
     with pytest.raises(UserError, match="too few different judgements"):
-        human_pairs(judgements(tmp_path, {"film": lists}), n_pairs=10, seed=0)
+        human_pairs(judgements(tmp_path, {"film": lists}))

@@ -29,7 +29,7 @@ SUMMARY = {
             name: {"pair_accuracy": acc, "pair_accuracy_se": 0.006, "human_ceiling": 0.88,
                    "pearson_r": 0.6, "human_r": 0.87, "n_pairs": 20000, "n_snippets": 1000}
             for name, acc in (("movie", 0.745), ("news", 0.641))},
-        "calibration": [{"predicted": p, "observed": p, "n": 100} for p in (0.55, 0.75, 0.95)],
+        "calibration": [{"predicted": p, "observed": p, "share": 1 / 3} for p in (0.55, 0.75, 0.9)],
         "given": {"tf-idf ridge": {"pair_accuracy": {"movie": 0.7541}, "pearson_r": {}}}},
     "ppo": {"wall_seconds": 30.0, "beta": 0.1, "reward_ref_mean": -0.012, "reward_mean": 1.948,
             "reward_mean_se": 0.021, "kl_nats_per_sequence": 8.41, "kl_nats_per_sequence_se": 0.09,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nanokl import UserError, checkpoint
 from nanokl.bert import BERT
 from nanokl.gpt import GPT
-from nanokl.judgements import Judgements, comparison_groups, human_pairs
+from nanokl.judgements import HumanPairs, Judgements, comparison_groups
 from nanokl.ngrams import Vocabulary, ngrams, pieces
 from nanokl.reward import (
     RewardModel,
@@ -264,7 +264,8 @@ def test_stack_finds_the_weights_that_raters_used():
     rng = np.random.default_rng(0)
     margins, (a, b) = rng.normal(size=(500, 2)), rng.integers(0, 500, (2, 20_000))
     p = 1 / (1 + np.exp(-(margins[a] - margins[b]) @ [1.2, -0.3]))
-    pairs = {"a": a, "b": b, "a_wins": rng.random(20_000) < p}
+    won = rng.random(20_000) < p
+    pairs = HumanPairs(a, b, 0 * a, won / 20_000, ~won / 20_000, 0 * p)
     model = make_model(BERT)
     assert model.v.tolist() == [0.5, 0.5]
     for _ in range(2):  # the old weights do not matter
@@ -274,7 +275,7 @@ def test_stack_finds_the_weights_that_raters_used():
 
 def test_stack_holds_where_the_answers_say_nothing_or_everything():
     """Equal texts leave the 1/2 of the prior, which bounds v where no answer is a mistake."""
-    pairs = {"a": np.array([0, 1]), "b": np.array([1, 0]), "a_wins": np.array([True, False])}
+    pairs = HumanPairs(*np.array([[0], [1], [0]]), *np.array([[1.0], [0.0], [1.0]]))
     model = make_model(BERT)
     model.stack(torch.ones(2, 2), pairs)
     assert model.v.tolist() == [0.5, 0.5]
@@ -453,26 +454,30 @@ def test_load_reward_complains(tmp_path):
 @given(st.integers(1, 60), st.integers(1, 12), st.integers(0, 999))
 def test_calibration_equals_a_loop(n, n_bins, seed):
     rng = np.random.default_rng(seed)
-    margin, a_wins = 3 * rng.standard_normal(n), rng.random(n) < 0.5
+    margin, (wins, loses) = 3 * rng.standard_normal(n), rng.random((2, n))
     bins = {}
-    for m, win in zip(margin.tolist(), a_wins.tolist(), strict=True):
+    for m, win, lose in zip(*(x.tolist() for x in (margin, wins, loses)), strict=True):
         p = max(1 / (1 + math.exp(-m)), 1 / (1 + math.exp(m)))
         low = max(k for k in range(n_bins) if 0.5 + k / (2 * n_bins) <= p + 1e-15)
-        bins.setdefault(low, []).append((p, (m > 0) == win))
-    got = calibration(margin, a_wins, n_bins)
-    assert [b["n"] for b in got] == [len(bins[k]) for k in sorted(bins)]
+        bins.setdefault(low, []).append(np.array([1, p, 0]) * (win + lose))
+        bins[low].append(np.array([0, 0, win if m > 0 else lose]))
+    got = calibration(margin, wins, loses, n_bins)
     for b, k in zip(got, sorted(bins), strict=True):
-        assert [b["predicted"], b["observed"]] == pytest.approx(np.mean(bins[k], axis=0))
+        weight, predicted, observed = sum(bins[k])
+        assert b == pytest.approx({"predicted": predicted / weight, "observed": observed / weight,
+                                   "share": weight / (wins + loses).sum()})
 
 
 def test_calibration_of_answers_drawn_from_the_model():
     """Within 5 standard errors in each of 10 bins: by chance once in 150,000 seeds."""
     rng = np.random.default_rng(0)
     margin = 2 * rng.standard_normal(40_000)
-    for b in calibration(margin, rng.random(40_000) < 1 / (1 + np.exp(-margin))):
-        assert abs(b["predicted"] - b["observed"]) < 5 * (0.25 / b["n"]) ** 0.5
-    sure = calibration(np.array([50.0, -50.0, 1000.0]), np.array([True, False, False]))
-    assert sure == [{"predicted": pytest.approx(1), "observed": pytest.approx(2 / 3), "n": 3}]
+    won = 1.0 * (rng.random(40_000) < 1 / (1 + np.exp(-margin)))
+    for b in calibration(margin, won, 1 - won):
+        assert abs(b["predicted"] - b["observed"]) < 5 * (0.25 / (40_000 * b["share"])) ** 0.5
+    won = np.array([1.0, 0.0, 0.0])
+    sure = calibration(np.array([50.0, -50.0, 1000.0]), won, 1 - won)
+    assert sure == [pytest.approx({"predicted": 1, "observed": 2 / 3, "share": 1})]
 
 
 def test_bootstrap_equals_all_resamples():
@@ -484,12 +489,13 @@ def test_bootstrap_equals_all_resamples():
         times = [drawn.count(i) for i in range(5)]
         weight = [times[i] * times[j] for i, j in zip(a, b, strict=True)]
         means.append(sum(w * r for w, r in zip(weight, right, strict=True)) / max(sum(weight), 1))
-    snippets = np.arange(5)
-    se = bootstrap_se(right, a, b, snippets=snippets, seed=0, repeats=20_000)
+    se = bootstrap_se(right, np.ones(10), a, b, seed=0, repeats=20_000)
     assert se == pytest.approx(np.std(means), rel=0.03)
     where = np.array([3, 8, 11, 20, 21])  # as rows of a longer list, with others in between
-    same = bootstrap_se(right, where[a], where[b], snippets=where, seed=0, repeats=20_000)
+    same = bootstrap_se(right, np.ones(10), where[a], where[b], seed=0, repeats=20_000)
     assert same == se
+    half = bootstrap_se(right / 2, np.ones(10) / 2, a, b, seed=0, repeats=20_000)
+    assert half == pytest.approx(se)
 
 
 def test_bootstrap_of_pairs_that_share_nothing():
@@ -498,11 +504,10 @@ def test_bootstrap_of_pairs_that_share_nothing():
     So it errs on the safe side by sqrt(3) where snippets are not shared (and by ever less where
     they are). 400 repeats leave 3.5 % of noise: a fifth is more than 5 standard deviations.
     """
-    n = 3000
+    n = 1000
     right = np.arange(n) % 10 < 7  # p = .7
     pairs = np.arange(2 * n).reshape(n, 2)
-    se = bootstrap_se(right, pairs[:, 0], pairs[:, 1], snippets=np.arange(2 * n), seed=1,
-                      repeats=400)
+    se = bootstrap_se(right, np.ones(n), pairs[:, 0], pairs[:, 1], seed=1, repeats=400)
     assert se / (3 * 0.7 * 0.3 / n) ** 0.5 == pytest.approx(1, abs=0.2)
 
 
@@ -522,7 +527,7 @@ def test_bootstrap_of_pairs_that_share_snippets():
         right = rng.random(20 * n) < 0.05 + luck[a] + luck[b]
         accuracy.append(right.mean())
         if k < 20:
-            se.append(bootstrap_se(right, a, b, snippets=np.arange(n), seed=k))
+            se.append(bootstrap_se(right, np.ones(20 * n), a, b, seed=k))
     assert np.mean(se) / np.std(accuracy) == pytest.approx(1, abs=0.25)
     assert np.mean(se) > 2.5 * (0.25 / (20 * n)) ** 0.5
 
@@ -536,18 +541,20 @@ def noiseless(n=24):
 
 def test_report_of_a_perfect_and_of_an_anti_perfect_scorer():
     j, level = noiseless()
-    good, bad = (pair_report(s * level, j, n_pairs=1000, seed=0) for s in (50.0, -50.0))
-    assert good["pair_accuracy"] == 1 and bad["pair_accuracy"] == 0
-    assert good["pair_accuracy_se"] == bad["pair_accuracy_se"] == 0
+    good, bad = (pair_report(s * level, j) for s in (50.0, -50.0))
+    assert good["pair_accuracy"] == pytest.approx(1) and bad["pair_accuracy"] == 0
+    assert good["pair_accuracy_se"] < 1e-12 > bad["pair_accuracy_se"]
     assert good["nats_per_pair"] < 1e-4 and bad["nats_per_pair"] > 10
     assert good["calibration_error"] < 1e-3 and bad["calibration_error"] > 0.99
     for name in ("film", "news"):
         assert good["pearson_r"][name] == pytest.approx(1) == -bad["pearson_r"][name]
         assert good["human_r"][name] == pytest.approx(1)  # any rater of each, against the others
         part = good["domains"][name]
-        assert (part["n_pairs"], part["n_snippets"], part["human_ceiling"]) == (500, 12, 1)
-    timid = pair_report(1e-30 * level, j, n_pairs=1000, seed=0)
-    assert timid["pair_accuracy"] == 1 and timid["nats_per_pair"] == pytest.approx(math.log(2))
+        assert (part["n_pairs"], part["n_snippets"]) == (66, 12)
+        assert part["human_ceiling"] == pytest.approx(1)
+    timid = pair_report(1e-30 * level, j)
+    assert timid["pair_accuracy"] == pytest.approx(1)
+    assert timid["nats_per_pair"] == pytest.approx(math.log(2))
 
 
 def test_report_equals_loops_over_human_pairs():
@@ -557,35 +564,41 @@ def test_report_equals_loops_over_human_pairs():
     j = make_judgements([np.rint(2 * x + 1.5 * rng.standard_normal(5 + i % 4)).clip(-4, 4)
                          for i, x in enumerate(latent)], [i % 2 for i in range(n)])
     score = np.round(latent + 0.5 * rng.standard_normal(n), 1)  # rounded: some ties
-    pairs = human_pairs(j, n_pairs=3000, seed=4)
-    report = pair_report(score, j, n_pairs=3000, seed=4)
-    right, nats, by_domain = [], [], {"film": [], "news": []}  # (right, human's, a, b) each
-    for a, b, win, human, d in zip(*(pairs[k] for k in ("a", "b", "a_wins", "human", "domain")),
-                                   strict=True):
-        m = (score[a] - score[b]) * (1 if win else -1)
-        right.append(1.0 if m > 0 else 0.5 if m == 0 else 0.0)
-        nats.append(math.log1p(math.exp(-m)))
-        by_domain[j.domain_names[d]].append((right[-1], human, a, b))
+    pairs, report = j.pairs, pair_report(score, j)
+    rows = []  # of each answer: weight, right, nats, predicted, the others', a, b, domain
+    for a, b, d, wins, loses, human in zip(*vars(pairs).values(), strict=True):
+        for sign, weight in ((1, wins), (-1, loses)):
+            m = sign * (score[a] - score[b])
+            rows.append((weight, 1.0 if m > 0 else 0.5 if m == 0 else 0.0,
+                         math.log1p(math.exp(-m)), 1 / (1 + math.exp(-abs(m))),
+                         human / (wins + loses) if wins + loses else 0, a, b, d))
+    weight, right, nats, predicted, human, *_, domain = rows = np.array(rows).T
     assert 0.5 in right
-    assert report["pair_accuracy"] == pytest.approx(np.mean(right))
-    assert report["nats_per_pair"] == pytest.approx(np.mean(nats))
-    assert report["human_ceiling"] == pytest.approx(pairs["human"].mean())
-    for name, rows in by_domain.items():
-        part = report["domains"][name]
-        ok, human, a, b = np.array(rows).T
-        assert part["pair_accuracy"] == pytest.approx(ok.mean()) and part["n_pairs"] == len(rows)
-        assert part["human_ceiling"] == pytest.approx(human.mean())
-        mine = j.domains == j.domain_names.index(name)
-        se = bootstrap_se(ok, a.astype(int), b.astype(int), snippets=np.flatnonzero(mine), seed=4)
+    assert report["pair_accuracy"] == pytest.approx(weight @ right)
+    assert report["nats_per_pair"] == pytest.approx(weight @ nats)
+    assert report["human_ceiling"] == pytest.approx(weight @ human)
+    for number, name in enumerate(("film", "news")):
+        part, w = report["domains"][name], weight * (domain == number)
+        assert part["pair_accuracy"] == pytest.approx(w @ right / w.sum())
+        assert part["human_ceiling"] == pytest.approx(w @ human / w.sum())
+        mine = pairs.domain == number
+        both = pairs.wins[mine] + pairs.loses[mine]
+        se = bootstrap_se((weight * right).reshape(-1, 2).sum(1)[mine], both, pairs.a[mine],
+                          pairs.b[mine], seed=0)
         assert part["pair_accuracy_se"] == pytest.approx(se)  # over the domain's own snippets
-        mean = [r[:k].mean() for r, k in zip(j.ratings[mine], j.n_ratings[mine], strict=True)]
-        assert report["pearson_r"][name] == pytest.approx(np.corrcoef(mean, score[mine])[0, 1])
+        here = j.domains == number
+        mean = [r[:k].mean() for r, k in zip(j.ratings[here], j.n_ratings[here], strict=True)]
+        assert report["pearson_r"][name] == pytest.approx(np.corrcoef(mean, score[here])[0, 1])
         assert 0 < part["human_r"] < 1 and 0.005 < part["pair_accuracy_se"] < 0.1
+        assert (part["n_pairs"], part["n_snippets"]) == (105, 15)
     se = [part["pair_accuracy_se"] for part in report["domains"].values()]
     assert report["pair_accuracy_se"] == pytest.approx(math.hypot(*se) / 2)
-    error = sum(b["n"] * abs(b["predicted"] - b["observed"]) for b in report["calibration"]) / 3000
+    error = sum(b["share"] * abs(b["predicted"] - b["observed"]) for b in report["calibration"])
     assert report["calibration_error"] == pytest.approx(error)
-    assert sum(b["n"] for b in report["calibration"]) == 3000
+    assert sum(b["share"] for b in report["calibration"]) == pytest.approx(1)
+    near = predicted < 0.55
+    assert report["calibration"][0]["predicted"] == pytest.approx(
+        np.average(predicted[near], weights=weight[near]))
 
 
 def test_a_model_learns_what_raters_prefer():
@@ -601,7 +614,7 @@ def test_a_model_learns_what_raters_prefer():
                              n_embd=32), generator(0))
     model = RewardModel.on(trunk, n_domain=1)
     adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    before = pair_report(model.score_texts(BYTES, test.texts).numpy(), test, n_pairs=2000, seed=0)
+    before = pair_report(model.score_texts(BYTES, test.texts).numpy(), test)
     for step in range(50):
         rows, wins, valid = comparison_groups(train, step, n_groups=4, group_size=8, seed=0)
         texts_ = [train.texts[r] for r in rows.flatten()]
@@ -610,7 +623,7 @@ def test_a_model_learns_what_raters_prefer():
         adam.zero_grad()
         loss.backward()
         adam.step()
-    after = pair_report(model.score_texts(BYTES, test.texts).numpy(), test, n_pairs=2000, seed=0)
+    after = pair_report(model.score_texts(BYTES, test.texts).numpy(), test)
     assert before["pair_accuracy"] < 0.75 < 0.85 < after["pair_accuracy"] < 1
     assert after["pair_accuracy"] > after["human_ceiling"] - 0.05
     assert after["nats_per_pair"] < before["nats_per_pair"] - 0.2
