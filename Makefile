@@ -71,18 +71,18 @@ bert: $(RUN)/bert/summary.json ## 3.8  BERT-style encoder on the snippets
 $(RUN)/bert/summary.json: | $(DATA)/meta.json
 	$(PY) train_pretrain.py bert --data $(DATA) --out $(RUN)/bert $(BERT) $(call go_on,bert)
 
-reward: $(RUN)/reward/summary.json ## 12   reward model on the encoder, with what it needs
+reward: $(RUN)/reward/summary.json ## 18   reward model on the encoder, with what it needs
 $(RUN)/reward/summary.json: | $(RUN)/gpt/summary.json $(RUN)/bert/summary.json
 	$(PY) train_rlhf.py reward --data $(DATA) --init $(RUN)/bert --policy $(RUN)/gpt --out $(RUN)/reward $(REWARD) $(call go_on,reward)
 
-rlhf: $(RUN)/ppo/summary.json ## 14   KL-penalised PPO against the reward model, with what it needs
+rlhf: $(RUN)/ppo/summary.json ## 20   KL-penalised PPO against the reward model, with what it needs
 $(RUN)/ppo/summary.json: | $(RUN)/reward/summary.json
 	$(PY) train_rlhf.py ppo --data $(DATA) --policy $(RUN)/gpt --reward $(RUN)/reward --out $(RUN)/ppo $(PPO) $(call go_on,ppo)
 
 report: $(RUN)/ppo/summary.json ## 0.1  summary.json, report.html and figures of a run
 	$(PY) -m nanokl report $(RUN)
 
-results: $(VENV) ## 31   the README's table: demo, 4 more PPO seeds, the main run (sum of parts)
+results: $(VENV) ## 36   the README's table: demo, 4 more PPO seeds, the main run (sum of parts)
 	$(MAKE) demo
 	rm -rf runs/seeds
 	for seed in 1 2 3 4; do $(PY) train_rlhf.py ppo --data $(DATA) --policy runs/demo/gpt --reward runs/demo/reward --out runs/seeds/$$seed $(PPO_demo) --seed $$seed || exit; done

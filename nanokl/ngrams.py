@@ -27,7 +27,7 @@ BOUND = 3.0  # of the score, in nats: a policy will look for texts far outside o
 SCALE = 10.0  # of the score: a step of AdamW moves a weight by about its rate, whatever it is for
 DOMAIN = 0x9E3779B1  # far apart in any number of low bits
 PIECES = 1 << 13  # rows that the pieces of an encoder's words share
-HASHES = 1 << 32  # so many that two of a million n-grams share one with odds of 1 in 4,000 each
+HASHES = 1 << 32  # of a million n-grams one in 4,000 shares its hash with another
 
 
 def _hash(text: str) -> int:
@@ -78,7 +78,7 @@ def _rows(word: bytes) -> np.ndarray:
 
 
 def pieces(tokens: Sequence[bytes], idx: Tensor) -> tuple[Tensor, Tensor]:
-    """The pieces of the word that each token of idx (B, T) belongs to; special tokens have none.
+    """The pieces of the word that each token of idx (B, T) is part of; special tokens have none.
 
     tokens: the bytes of the tokenizer's. Returns the rows (N,) of all pieces, below PIECES, and
     where those of each position start (B T,).

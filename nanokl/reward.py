@@ -164,7 +164,8 @@ class RewardModel(nn.Module):
                     batch: int = 256) -> Tensor:
         """Scores (N,) of texts on the CPU; the arguments are those of `margins_of`."""
         margins = self.margins_of(tokenizer, texts, domain, batch)
-        return self.gain.cpu() * (margins @ self.v.cpu()) + self.bias.cpu()
+        score = (margins * self.v.cpu()).sum(1)  # a matrix product would round under autocast
+        return self.gain.cpu() * score + self.bias.cpu()
 
     @torch.no_grad()
     def margins_of(self, tokenizer: Tokenizer, texts: Sequence[str], domain=0,

@@ -316,6 +316,15 @@ def test_score_texts_depends_on_no_batch_and_no_order(cls):
     assert a == b == c
 
 
+def test_scores_are_not_rounded_under_autocast():
+    """Sixteen bits would hold 3 digits of a score, and call near texts equal."""
+    model = make_model(BERT)
+    with torch.autocast("cpu", torch.bfloat16):
+        margins = model.margins_of(BYTES, TEXTS, DOMAINS)
+        score = model.score_texts(BYTES, TEXTS, DOMAINS)
+    np.testing.assert_allclose(score, margins @ model.v, rtol=0, atol=1e-6)
+
+
 def test_score_texts_is_without_dropout_and_leaves_the_mode_alone():
     torch.manual_seed(0)
     model = RewardModel.on(make_trunk(BERT), n_domain=3, dropout=0.5).train()
