@@ -59,7 +59,7 @@ class Runtime:
         if self.world == 1:
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+        return DistributedDataParallel(module, device_ids=ids)
 
     def shard(self, x):
         """Every world-th row of `x` (tensor, array or list), from this rank's own on."""
