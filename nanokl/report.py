@@ -58,7 +58,8 @@ FIGURES = [
     ("reward", "reward_pearson", "Pearson r", "correlation with the mean rating, by domain",
      "One human is held against the mean of the others.", fig.dots, AGREEMENT["Pearson r"]),
     ("reward", "reliability", "Reliability", "share that came true",
-     "On the line, what is given 70 % comes true in 70 % of cases.", fig.reliability),
+     "On the line, what is given 70 % comes true in 70 % of cases. A dot's area is its share of "
+     "the answers.", fig.reliability),
     ("reward", "reward_loss", "Reward model loss", "nats per pair",
      "Bradley-Terry on comparisons by single raters; a coin has 0.69.",
      fig.curves, {"loss_nats_per_pair": "training", "val_nats_per_pair": "validation"}),
