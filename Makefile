@@ -54,7 +54,7 @@ lint: $(VENV) ## 0.1  ruff
 
 check: lint test ## 1.4  what CI runs: lint and test
 
-demo: $(VENV) ## 9    the whole story, from data to report, in runs/demo (replaced)
+demo: $(VENV) ## 8    the whole story, from data to report, in runs/demo (replaced)
 	rm -rf runs/demo && mkdir -p runs/demo && date +%s > runs/demo/started
 	$(MAKE) --no-print-directory report RUN=runs/demo BUDGET=$(BUDGET:main=demo)
 
@@ -82,7 +82,7 @@ $(RUN)/ppo/summary.json: | $(RUN)/reward/summary.json
 report: $(RUN)/ppo/summary.json ## 0.1  summary.json, report.html and figures of a run
 	$(PY) -m nanokl report $(RUN)
 
-results: $(VENV) ## 36   the README's table: demo, 4 more PPO seeds, the main run (sum of parts)
+results: $(VENV) ## 34   the README's table: demo, 4 more PPO seeds, the main run (sum of parts)
 	$(MAKE) demo
 	rm -rf runs/seeds
 	for seed in 1 2 3 4; do $(PY) train_rlhf.py ppo --data $(DATA) --policy runs/demo/gpt --reward runs/demo/reward --out runs/seeds/$$seed $(PPO_demo) --seed $$seed || exit; done

@@ -16,7 +16,7 @@ gpt.py and bert.py. Left out: padding on the left (generate.py never needs it), 
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,10 @@ class TransformerConfig:
                             f"{self.n_embd // self.n_head}: change n_head or n_embd")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"dropout is {self.dropout}: give 0 <= dropout < 1")
+        for name in ("norm", "position", "activation"):
+            value, allowed = getattr(self, name), get_args(TransformerConfig.__annotations__[name])
+            if value not in allowed:
+                raise UserError(f"{name} is {value!r}: give one of {', '.join(allowed)}")
 
 
 class KVCache:

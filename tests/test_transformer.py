@@ -404,6 +404,9 @@ def test_dropout_takes_each_sublayers_output(norm_first):
     ({"dropout": 1.0}, "dropout is 1.0"),
     ({"dropout": -0.1}, "dropout is -0.1"),
     ({"dropout": math.nan}, "dropout is nan"),
+    ({"activation": "swish"}, "activation is .swish.: give one of relu2, gelu, gelu_tanh"),
+    ({"norm": "batch"}, "norm is .batch."),
+    ({"position": "none"}, "position is .none."),
 ])  # fmt: skip
 def test_config_errors_are_the_users(wrong, message):
     with pytest.raises(UserError, match=message) as error:
