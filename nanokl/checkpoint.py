@@ -84,7 +84,11 @@ def _present(folder: Path | str) -> Path:
 
 
 def save(folder, model: nn.Module, *, tokenizer=None, state: dict | None = None) -> None:
-    """Writes a checkpoint atomically; UserError over anything else, OSError for a full disk."""
+    """Writes a checkpoint atomically: weights, config, tokenizer; `state`, plain data, to resume.
+
+    UserError if `folder` holds anything but a checkpoint; OSError for a full disk, when what was
+    there before is still there.
+    """
     folder = Path(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         try:
@@ -140,7 +144,11 @@ def read_config(folder: Path | str) -> dict:
 
 
 def load(folder: Path | str, cls: type[nn.Module], **config_overrides) -> nn.Module:
-    """A new `cls` on the CPU, `config_overrides` over its config; UserError if it does not fit."""
+    """A new `cls` with a checkpoint's weights, float32, on the CPU.
+
+    `config_overrides` replace fields such as dropout. UserError for a folder that is missing,
+    damaged or of another class, and for tensors that do not fit.
+    """
     saved = read_config(folder)
     if saved["model"] != cls.__name__:
         raise UserError(f"{folder} holds a {saved['model']} but a {cls.__name__} is needed: "

@@ -57,7 +57,11 @@ def truncate(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
 
 def sample(logits: Tensor, u: Tensor, *, temperature: float = 1.0, top_k: int | None = None,
            top_p: float | None = None) -> tuple[Tensor, Tensor]:
-    """Token (B,) at u (B,) in [0, 1) of each row's own CDF, and its logp; 0 at temperature 0."""
+    """Draws a token for each row of logits (B, V), where its CDF reaches u (B,); and its logp (B,).
+
+    One uniform number a token ties a row's draw to that row alone, whatever else is in the batch.
+    Temperature 0 takes the largest logit, at logp 0.
+    """
     if temperature == 0.0:
         return logits.argmax(-1), torch.zeros_like(u)
     logp = truncate(logits / temperature, top_k, top_p).log_softmax(-1)
