@@ -9,6 +9,7 @@ endif
 SYSTEM_PYTHON ?= python3
 DATA := data/hutto
 BUDGET ?= main
+$(if $(filter main demo tiny,$(BUDGET)),,$(error BUDGET is $(BUDGET): give demo, main or tiny))
 RUN ?= runs/main
 
 # What each stage is given, by budget: demo (10 minutes in all), main, tiny (does it run at all).
@@ -46,7 +47,7 @@ help: ## 0    this list
 
 setup: $(VENV) ## 0.5  .venv with the pinned packages
 
-test: $(VENV) ## 1.3  all tests
+test: $(VENV) ## 1.4  all tests
 	$(PY) -m pytest
 
 lint: $(VENV) ## 0.1  ruff

@@ -101,9 +101,9 @@ class PPOFlags(Flags, ppo.PPOConfig):
     def __post_init__(self):
         Flags.__post_init__(self)
         ppo.PPOConfig.__post_init__(self)
-        require_positive(self, "batch", "kl_target", "save_every", "n_eval")
-        if not 0 <= self.beta < math.inf:
-            raise UserError(f"beta is {self.beta}: give 0 or more")
+        require_positive(self, "batch", "kl_target", "save_every")
+        if not 0 <= self.beta < math.inf or self.n_eval < 2:
+            raise UserError(f"beta is {self.beta}, n_eval {self.n_eval}: give at least 0 and 2")
 
 
 def pretrained(path: Path, tokenizer: Tokenizer) -> Path:
@@ -254,9 +254,6 @@ def train_reward(flags: RewardFlags) -> None:
         log.close({"best_step": best["step"], "steps": start, "seed": flags.seed, **report})
 
 
-# ---------------------------------------------------------------------------------------- PPO
-
-
 def ppo_batch(stage: Stage, model, policy: GPT, optimizers, docs, step: int, beta: float) -> dict:
     """Rollouts, and the epochs of updates on them; the metrics describe the policy before."""
     # 1. Sample and score. 2. Measure under policy and reference, in the first epoch's minibatches.
@@ -272,6 +269,10 @@ def ppo_batch(stage: Stage, model, policy: GPT, optimizers, docs, step: int, bet
             norm = training.gradient_step(loss, policy.parameters(), optimizers, step=step,
                                           max_grad_norm=flags.max_grad_norm, out=flags.out)
             infos.append({**info, "grad_norm": norm})
+    # 4. The last update may have broken the policy, and what comes next may save it.
+    with torch.no_grad():
+        loss, _ = ppo.minibatch_loss(policy, policy, x, rows, flags, stage.runtime)
+    training.check_finite(not stage.runtime.any(not loss.isfinite()), step, flags.out)
     kl = x.kl.sum(1).mean().item()
     means = {key: stage.runtime.mean(torch.stack([i[key] for i in infos]).mean()).item()
              for key in infos[0]}
@@ -296,6 +297,8 @@ def train_ppo(flags: PPOFlags) -> None:
     stage = Stage(flags, runtime, tokenizer, ref, function, flags.seed)
     docs, held_out = (prompt_docs(flags.data, split, flags.domains, tokenizer)
                       for split in ("train", "val"))
+    for texts in (docs, held_out):  # a split that has no prompts shows at once
+        stage.prompts(texts, 1, rt.generator(flags.seed))
     policy = ppo.make_policy(ref)
     optimizers = optim.make_optimizers(policy, lr=flags.lr, muon_lr=flags.muon_lr,
                                        betas=(0.9, 0.95), dtype=runtime.dtype,

@@ -70,10 +70,11 @@ class Score:
     def __call__(self) -> None:
         folder = checkpoint.resolve(self.run)
         model, tokenizer = checkpoint.load(folder, RewardModel), Tokenizer.load(folder)
-        longest = max(map(len, tokenizer.encode_batch(self.texts)), default=0)
         room = model.config.trunk_config["block_size"] - 2  # between [CLS] and [SEP]
-        if not 0 < longest <= room:
-            raise UserError(f"the longest text has {longest} tokens, the context room for {room}")
+        lengths = [len(ids) for ids in tokenizer.encode_batch(self.texts)] or [0]
+        if not 0 < min(lengths) <= max(lengths) <= room:
+            raise UserError(f"the texts have {min(lengths)} to {max(lengths)} tokens: give texts "
+                            f"of 1 to {room}")
         for score, text in zip(model.score_texts(tokenizer, self.texts), self.texts, strict=True):
             print(f"{score:+.3f}  {text}")
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from nanokl import UserError, __version__
 
 CONFIG, WEIGHTS, STATE, FLAGS = "config.json", "model.safetensors", "state.pt", "flags.json"
+TAKEN = (FLAGS, "metrics.jsonl", "summary.json", "meta.json", CONFIG)  # of a run, or of data
 PLAIN = (bool, int, float, str, bytes, type(None))  # exact types: np.float64 is a float, not plain
 
 
@@ -228,16 +229,18 @@ def open_run(out: Path | str, flags: dict, *, resume: bool, frozen: Iterable[str
             raise UserError(f"nothing to resume in {out}: there is no {out / 'last' / STATE}; "
                             "start it without --resume, in a new --out")
         try:
-            before = json.loads(path.read_bytes())
-        except (OSError, ValueError):
+            before = dict(json.loads(path.read_bytes()))
+        except (OSError, ValueError, TypeError):
             raise UserError(f"{path} is missing or damaged: the run cannot be resumed") from None
         for name in sorted(before.keys() & frozen):  # a flag newer than the run has no old value
             if before[name] != flags.get(name):
                 raise UserError(f"--{name} was {before[name]!r} and is now {flags.get(name)!r}: a "
                                 "resumed run keeps it; give the old value or a new --out")
-    elif path.exists() or (out / "metrics.jsonl").exists():
-        raise UserError(f"{out} holds another run: go on with --resume, choose another --out, "
-                        "or delete it")
+    elif out.resolve() == Path.cwd():
+        raise UserError(f"--out {out} is the folder you are in: name a new one, such as runs/mine")
+    elif taken := [name for name in TAKEN if (out / name).exists()]:
+        raise UserError(f"{out} holds another run or data ({taken[0]}): go on with --resume if it "
+                        "has a checkpoint in last/, choose another --out, or delete it")
     out.mkdir(parents=True, exist_ok=True)
     tmp = out / f"{FLAGS}.tmp"
     tmp.write_bytes(_json(flags))

@@ -21,6 +21,7 @@ from nanokl.tokenizer import Tokenizer
 
 # A file: MAGIC | header length, uint64 | JSON header, space-padded to 64 | starts, int64 | tokens
 MAGIC = b"nanokl\x00\x01"  # the last byte is the version of the format
+HEADER = {"dtype", "vocab_size", "tokenizer_hash", "n_tokens", "n_docs", "n_bytes"}
 BUCKET = 16  # steps whose rows are sorted by length together, so that little is padding
 
 
@@ -54,6 +55,9 @@ class Shard:
                 header = json.loads(file.read(min(size, 1 << 16)))
             except ValueError:
                 raise UserError(f"{path} is truncated: prepare it again with --force") from None
+        if missing := HEADER - header.keys():
+            raise UserError(f"{path} has no {', '.join(sorted(missing))} in its header: prepare it "
+                            "again with --force")
         if header["tokenizer_hash"] != tokenizer.hash:
             raise UserError(f"{path} was written with another tokenizer (vocabulary "
                             f"{header['vocab_size']}, this one has {tokenizer.vocab_size}): use "

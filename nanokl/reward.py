@@ -329,7 +329,7 @@ def load_trunk(folder: Path, **overrides) -> nn.Module:
 
 def load_reward(spec: str, runtime) -> RewardFunction:
     """A reward run's model as a function of texts, or the function of FILE.py:NAME."""
-    if ".py:" in spec:
+    if ".py:" in spec or spec.endswith(".py"):
         return load_function(spec)
     folder = checkpoint.resolve(spec)
     model = checkpoint.load(folder, RewardModel).to(runtime.device).eval()

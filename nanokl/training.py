@@ -58,8 +58,12 @@ def load_last(out: Path, model: nn.Module, optimizers, *, tokenizer) -> dict:
     state = checkpoint.load_state(Path(out) / "last")
     if Tokenizer.load(Path(out) / "last").hash != tokenizer.hash:
         raise UserError(f"{out} was trained with another tokenizer than --data's: give it its own")
-    for optimizer, saved in zip(optimizers, state.pop("optimizers"), strict=True):
-        optimizer.load_state_dict(saved)
+    try:
+        for optimizer, saved in zip(optimizers, state.pop("optimizers"), strict=True):
+            optimizer.load_state_dict(saved)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{out}/last/state.pt is of another model ({error}): there is no "
+                        "resuming") from None
     return state
 
 
@@ -76,10 +80,12 @@ def open_run(flags, runtime: Runtime) -> bool:
 
 @contextlib.contextmanager
 def nothing_half_written(out: Path, runtime: Runtime) -> Iterator[None]:
-    """A mistake that shows only in the loop takes OUT away again if no checkpoint is in it."""
+    """An error that shows only in the loop takes OUT away again if no checkpoint is in it."""
     try:
         yield
-    except UserError:
+    except NonFiniteLoss:
+        raise  # its curve shows why
+    except Exception:
         if runtime.is_main and not any(Path(out).glob("*/config.json")):
             for name in ("flags.json", "metrics.jsonl"):
                 (Path(out) / name).unlink(missing_ok=True)

@@ -413,12 +413,21 @@ def test_open_run_claims_a_new_folder(tmp_path):
     assert [p.name for p in (tmp_path / "a" / "run").iterdir()] == ["flags.json"]
 
 
-@pytest.mark.parametrize("name", ["flags.json", "metrics.jsonl"])
+@pytest.mark.parametrize("name", ["flags.json", "metrics.jsonl", "summary.json", "meta.json",
+                                  "config.json"])
 def test_open_run_refuses_a_folder_of_another_run(tmp_path, name):
     (tmp_path / name).write_text("old")
     with pytest.raises(UserError, match="holds another run.*--resume.*another --out"):
         claim(tmp_path)
     assert (tmp_path / name).read_text() == "old"
+
+
+def test_open_run_refuses_the_folder_that_one_is_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for out in ("", ".", tmp_path):
+        with pytest.raises(UserError, match="the folder you are in: name a new one"):
+            claim(out)
+    assert not list(tmp_path.iterdir())
 
 
 def test_open_run_refuses_a_file(tmp_path):
@@ -439,9 +448,10 @@ def test_open_run_resumes_with_the_same_frozen_flags(tmp_path):
     assert json.loads((tmp_path / "flags.json").read_text())["n_layer"] == 2
     (tmp_path / "last").rename(tmp_path / "last.old")
     assert claim(tmp_path, resume=True) is True
-    (tmp_path / "flags.json").write_text("{")
-    with pytest.raises(UserError, match="damaged"):
-        claim(tmp_path, resume=True)
+    for text in ("{", "3"):
+        (tmp_path / "flags.json").write_text(text)
+        with pytest.raises(UserError, match="damaged"):
+            claim(tmp_path, resume=True)
 
 
 def test_open_run_has_nothing_to_resume(tmp_path):

@@ -66,6 +66,7 @@ def test_shard_round_trip(tmp_path, n, dtype):
         (lambda b: b[:40], "truncated"),
         (lambda b: b[:-1], "truncated"),
         (lambda b: b + b"\0", "not the"),
+        (lambda b: b.replace(b"n_docs", b"n_dogs"), "has no n_docs in its header"),
     ],
 )
 def test_broken_shard(tmp_path, damage, says):

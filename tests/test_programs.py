@@ -408,6 +408,13 @@ def test_last_good_checkpoint_survives(python, demo, tmp_path):
     python.ok("-m", "nanokl", "sample", tmp_path / "out", "--n", "1")
 
 
+def test_a_policy_that_its_last_update_broke_is_not_saved(python, demo, tmp_path):
+    words = stage("ppo", tmp_path / "out", "--steps", 2, "--save_every", 1, "--lr", 1e20,
+                  "--muon_lr", 1e20, "--n_epoch", 1, "--minibatch", 16, "--batch", 16)  # fmt: skip
+    python.fails(*words, status=3, says=["step 1", "no checkpoint before it"])
+    assert not (tmp_path / "out" / "last").exists()
+
+
 # ---------------------------------------------------------------------------------- two processes
 def both(python: Python, *words) -> list:
     """The words in two processes that find each other as torchrun's do; not yet ended."""
@@ -498,12 +505,15 @@ BAD_FLAGS = {
         ("--max_new_tokens", 0, ["max_new_tokens is 0"]), ("--min_prompt", 0, ["min_prompt is 0"]),
         ("--min_prompt", 9, ["9 to 8"]), ("--batch", 0, ["batch is 0"]),
         ("--minibatch", 0, ["minibatch is 0"]), ("--n_epoch", 0, ["n_epoch is 0"]),
-        ("--save_every", 0, ["save_every is 0"]), ("--n_eval", 0, ["n_eval is 0"]),
+        ("--save_every", 0, ["save_every is 0"]), ("--n_eval", 1, ["n_eval 1", "2"]),
+        ("--gamma", -3, ["gamma is -3", "0 to 1"]), ("--lam", "nan", ["lam is nan"]),
+        ("--value_coef", "nan", ["value_coef is nan"]), ("--domains", "lexicon", ["one split"]),
         ("--temperature", 0, ["temperature is 0"]), ("--beta", -1, ["beta is -1"]),
         ("--beta", "nan", ["beta is nan"]), ("--kl_target", 0, ["kl_target is 0"]),
         ("--domains", "poems", ["poems"]), ("--policy", "runs/demo/reward", ["RewardModel"]),
         ("--reward", "runs/demo/gpt", ["GPT", "RewardModel"]), ("--reward", "no.py:f", ["no.py"]),
         ("--reward", "train_rlhf.py:nothing", ["nothing"]),
+        ("--reward", "train_rlhf.py", ["FILE.py:FUNCTION"]),
     ],
 }  # fmt: skip
 
@@ -539,7 +549,8 @@ def test_bad_use_of_models(python, demo):
     python.fails("-m", "nanokl", "sample", "runs/demo/bert", says=["BERT", "GPT"])
     python.fails("-m", "nanokl", "score", "runs/demo/gpt", "x", says=["GPT", "RewardModel"])
     python.fails("-m", "nanokl", "score", "runs/demo/reward", says="text")
-    python.fails("-m", "nanokl", "score", "runs/demo/reward", "film " * 60, says="context")
+    python.fails("-m", "nanokl", "score", "runs/demo/reward", "film " * 60, says="give texts of 1")
+    python.fails("-m", "nanokl", "score", "runs/demo/reward", "film", "", says="have 0 to")
     mask = ("-m", "nanokl", "fill-mask", "runs/demo/bert")
     python.fails(*mask, "no mask", says="exactly one")
     python.fails(*mask, "[MASK] [MASK]", says="exactly one")

@@ -447,6 +447,8 @@ def test_load_reward_complains(tmp_path):
     for spec in (f"{tmp_path}/none.py:reward", "none.py:reward", f"{tmp_path}:reward"):
         with pytest.raises(UserError, match="no file"):
             load_function(spec)
+    with pytest.raises(UserError, match="give FILE.py:FUNCTION"):
+        load_reward(str(write(tmp_path, "def reward(ids, texts): ...")), CPU)
     with pytest.raises(UserError, match="no file"):
         load_reward(f"{tmp_path}/none.py:reward", CPU)
     with pytest.raises(UserError, match="holds no checkpoint"):

@@ -15,7 +15,15 @@ from nanokl.gpt import GPT, GPTConfig
 from nanokl.metrics import Log
 from nanokl.runtime import Interrupt, NonFiniteLoss, Runtime
 from nanokl.tokenizer import Tokenizer
-from nanokl.training import gradient_step, leave, load_last, open_run, save_last, seed_step
+from nanokl.training import (
+    gradient_step,
+    leave,
+    load_last,
+    nothing_half_written,
+    open_run,
+    save_last,
+    seed_step,
+)
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 
@@ -173,6 +181,16 @@ def test_load_last_needs_something_saved(tmp_path):
         load_last(tmp_path, model, [torch.optim.SGD(model.parameters())], tokenizer=BYTES)
 
 
+def test_load_last_refuses_the_state_of_another_model(tmp_path):
+    model = make()
+    save_last(tmp_path, model, [torch.optim.SGD(model.parameters())], tokenizer=BYTES)
+    parts = [torch.optim.SGD([p]) for p in model.parameters()]
+    for optimizers in (parts, [torch.optim.SGD(list(model.parameters())[:1])]):
+        with pytest.raises(UserError, match="state.pt is of another model") as error:
+            load_last(tmp_path, model, optimizers, tokenizer=BYTES)
+        assert "\n" not in str(error.value)
+
+
 # --------------------------------------------------------------------------------- whole runs
 def flags(out, **changed):
     given = {"out": out, "resume": False, "device": "cpu", "log_every": 10, "save_every": 10,
@@ -201,6 +219,24 @@ def test_open_run_holds_the_flags_that_make_the_result(tmp_path):
     for change in ({"lr": 0.02}, {"n_layer": 3}):
         with pytest.raises(UserError, match="a resumed run keeps it"):
             open_run(flags(out, resume=True, **change), CPU)
+
+
+@pytest.mark.parametrize("error", [UserError("x"), ZeroDivisionError("in a reward")])
+def test_an_error_before_the_first_checkpoint_leaves_nothing(tmp_path, error):
+    for saved in (False, True):
+        open_run(flags(tmp_path / "run"), CPU)
+        with pytest.raises(type(error)), nothing_half_written(tmp_path / "run", CPU):
+            if saved:
+                save_last(tmp_path / "run", make(), [], tokenizer=None, step=1)
+            raise error
+        assert (tmp_path / "run").exists() == saved
+
+
+def test_a_loss_that_is_not_finite_keeps_its_curve(tmp_path):
+    open_run(flags(tmp_path / "run"), CPU)
+    with pytest.raises(NonFiniteLoss), nothing_half_written(tmp_path / "run", CPU):
+        raise NonFiniteLoss(1)
+    assert (tmp_path / "run" / "flags.json").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
