@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from nanokl import (
     UserError,
+    agreement,
     checkpoint,
     judgements,
     metrics,
@@ -173,7 +174,7 @@ def test_pairs(model, tokenizer, j: judgements.Judgements, runtime) -> dict:
     with runtime.autocast():
         score = model.score_texts(tokenizer, j.texts, j.domains)
     score = (score - model.bias.cpu()) / model.gain.cpu()
-    return reward.pair_report(score.double().numpy(), j)
+    return agreement.pair_report(score.double().numpy(), j)
 
 
 def finish_reward(flags: RewardFlags, tokenizer, val, test, yardstick: Rollout, runtime) -> dict:
@@ -331,8 +332,7 @@ def train_ppo(flags: PPOFlags) -> None:
                 runtime.barrier()  # the main process has saved
                 training.leave(interrupt, log, step, flags.out)
         # 3. Fresh samples of reference and policy, on held-out prompts.
-        numbers, samples = compare(stage, policy, held_out, n=flags.n_eval,
-                                   beta=controller.beta)
+        numbers, samples = compare(stage, policy, held_out, n=flags.n_eval, beta=controller.beta)
         if runtime.is_main:
             rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
             metrics.write_text(flags.out / "samples.jsonl", rows)

@@ -229,10 +229,11 @@ def open_run(out: Path | str, flags: dict, *, resume: bool, frozen: Iterable[str
             raise UserError(f"nothing to resume in {out}: there is no {out / 'last' / STATE}; "
                             "start it without --resume, in a new --out")
         try:
-            before = dict(json.loads(path.read_bytes()))
-        except (OSError, ValueError, TypeError):
+            before = json.loads(path.read_bytes())
+            kept = before.keys() & frozen  # a flag newer than the run has no old value
+        except (OSError, ValueError, AttributeError):
             raise UserError(f"{path} is missing or damaged: the run cannot be resumed") from None
-        for name in sorted(before.keys() & frozen):  # a flag newer than the run has no old value
+        for name in sorted(kept):
             if before[name] != flags.get(name):
                 raise UserError(f"--{name} was {before[name]!r} and is now {flags.get(name)!r}: a "
                                 "resumed run keeps it; give the old value or a new --out")

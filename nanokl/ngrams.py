@@ -34,12 +34,15 @@ def _hash(text: str) -> int:
     return crc32(text.encode("utf-8", "replace"))
 
 
+def _pieces(w):
+    """All pieces of 3 to 5 characters of a str, or bytes."""
+    return [w[i : i + n] for n in (3, 4, 5) for i in range(len(w) - n + 1)]
+
+
 @lru_cache(1 << 16)
 def _word(word: str) -> list[int]:
     """The hashes of a word and its pieces, of which <b and d> are not those in the middle."""
-    w = f"<{word}>"
-    pieces = [w[i : i + n] for n in (3, 4, 5) for i in range(len(w) - n + 1)]
-    return [_hash(word), *(_hash("#" + piece) for piece in pieces)]
+    return [_hash(word), *(_hash("#" + piece) for piece in _pieces(f"<{word}>"))]
 
 
 @lru_cache(1 << 15)  # a training text comes several times
@@ -73,7 +76,7 @@ def ngrams(texts: Sequence[str], idx: Tensor, mask: Tensor,
 def _rows(word: bytes) -> np.ndarray:
     """The rows of a word and of its pieces; nothing has none."""
     w = b"<" + word + b">"
-    parts = [w, *(w[i : i + n] for n in (3, 4, 5) for i in range(len(w) - n + 1))] if word else []
+    parts = [w, *_pieces(w)] if word else []
     return np.array([crc32(part) % PIECES for part in parts], np.int64)
 
 

@@ -48,9 +48,11 @@ class PPOConfig(SamplingConfig):
     def __post_init__(self):
         super().__post_init__()
         require_positive(self, "n_epoch", "minibatch", "clip", "value_clip", "max_grad_norm")
-        for name, most in (("gamma", 1), ("lam", 1), ("value_coef", 1e9)):
-            if not 0 <= getattr(self, name) <= most:
-                raise UserError(f"{name} is {getattr(self, name)}: give 0 to {most:g}")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is {getattr(self, name)}: give 0 to 1")
+        if not 0 <= self.value_coef < float("inf"):
+            raise UserError(f"value_coef is {self.value_coef}: give 0 or more")
 
 
 @dataclass
@@ -146,7 +148,7 @@ def draw_prompts(docs: list[list[int]], n: int, config: SamplingConfig, *, start
     docs = [doc for doc in docs if len(doc) > config.max_prompt]
     if not docs or not 0 < config.min_prompt <= config.max_prompt:
         raise UserError(f"no prompts of {config.min_prompt} to {config.max_prompt} tokens can be "
-                        f"cut from {len(docs)} texts of one split that are longer: lower "
+                        f"cut from the {len(docs)} texts of one split that are longer: lower "
                         "--max_prompt or widen --domains")
     which = torch.randint(len(docs), (n,), generator=rng).tolist()
     span = (config.min_prompt, config.max_prompt + 1)

@@ -448,7 +448,7 @@ def test_open_run_resumes_with_the_same_frozen_flags(tmp_path):
     assert json.loads((tmp_path / "flags.json").read_text())["n_layer"] == 2
     (tmp_path / "last").rename(tmp_path / "last.old")
     assert claim(tmp_path, resume=True) is True
-    for text in ("{", "3"):
+    for text in ("{", "3", "[]"):
         (tmp_path / "flags.json").write_text(text)
         with pytest.raises(UserError, match="damaged"):
             claim(tmp_path, resume=True)
