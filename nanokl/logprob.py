@@ -2,17 +2,21 @@
 
 Logits z = (h W^T + b) / T give log p = z - lse with lse = log sum_v exp z_v. `linear_logprob`
 takes blocks of rows (tokens) and the whole vocabulary of each, so every statistic is exact in one
-pass; backward makes the logits again unless what it needs is small enough to keep. Also: means and
-whitening under a mask. Left out: second derivatives, soft-caps, a sharded V.
+pass. All blocks share one buffer: backward finds the last one as forward left it, and makes the
+others' logits again. Also: means and whitening under a mask. Left out: second derivatives,
+soft-caps, a sharded V.
 """
 
-from collections.abc import Iterator
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-KEEP_BYTES = 128 << 20  # up to here p - 1_y is kept for backward: 6 N V C flops instead of 8
+CPU_BLOCK_BYTES, GPU_BLOCK_BYTES = 44 << 20, 192 << 20  # of the logits of one block of rows
+SUM_BYTES = 8 << 20  # of a product that waits to be added to dW: measured, within a CPU's caches
 LOG_ZERO = -1e30  # log p of an impossible token: finite, so that p log p is 0 and not nan
 
 
@@ -63,10 +67,11 @@ class _Plan(NamedTuple):
     stats: torch.dtype  # of everything after them
     rows: int  # of a block: one matrix product
     tile: int  # rows of a block that the pointwise passes take at a time
-    keep: bool  # p - 1_y, for backward
+    keep: bool  # the last block's p - 1_y, for backward
     vocab: int
     temperature: float
     entropy: bool
+    compiled: bool  # the pointwise passes, into one kernel each
 
 
 def _plan(x: Tensor, heads: list[tuple], *, chunk: int | None, vocab: int | None,
@@ -77,15 +82,20 @@ def _plan(x: Tensor, heads: list[tuple], *, chunk: int | None, vocab: int | None
     stats = torch.float64 if dtype == torch.float64 else torch.float32
     # CUDA gives the float32 sums of a 16-bit product (torch >= 2.8); elsewhere they are rounded.
     product = stats if x.is_cuda and hasattr(torch.ops.aten.mm, "dtype_out") else dtype
-    # Measured: below 256 rows the products starve; above 512 a CPU gains nothing, and it is faster
-    # when its pointwise passes stay in L2 (2^18 numbers). A GPU wants few, large kernels.
-    least, most, budget = (256, 512, 32 << 20) if kind == "cpu" else (512, 8192, 256 << 20)
-    rows = chunk or min(max(budget // (v * product.itemsize), least), most)
-    rows = -(-max(n, 1) // -(-max(n, 1) // rows))  # equal blocks: no short one at the end
+    # Measured: with fewer rows the products starve. A CPU is fastest when its pointwise passes stay
+    # in L2 (2^18 numbers).
+    least, budget = (256, CPU_BLOCK_BYTES) if kind == "cpu" else (1024, GPU_BLOCK_BYTES)
+    rows = min(chunk or max(budget // (v * product.itemsize), least), max(n, 1))
     tile = max(1, (1 << 18) // v) if kind == "cpu" else rows
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in heads[0])
-    keep = grad and not (entropy or heads[1:]) and n * v * product.itemsize <= KEEP_BYTES
-    return _Plan(dtype, product, stats, rows, tile, keep, vocab or v, temperature, entropy)
+    keep = grad and not (entropy or heads[1:])
+    return _Plan(dtype, product, stats, rows, tile, keep, vocab or v, temperature, entropy,
+                 _compiles(x.device))
+
+
+def _compiles(device: torch.device) -> bool:
+    """Whether kernels are launched one by one, so that fusing them pays, and can be compiled."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 # With p = softmax(z), H its entropy and KL = KL(p || q), the derivatives with respect to z are
@@ -100,36 +110,35 @@ class _LinearLogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan, y, *flat):
         ctx.set_materialize_grads(False)
-        ctx.plan, ctx.h_dtype = plan, flat[0].dtype
-        heads, n, v = _heads(flat, plan), len(y), len(flat[1])
-        logp, lse, H, KL, lse_q = (flat[0].new_zeros(n, 1, dtype=plan.stats) for _ in range(5))
-        buffer = flat[0].new_empty(n if plan.keep else plan.rows, v, dtype=plan.product)
-        for block in _slices(n, plan.rows):
-            products = buffer[block] if plan.keep else buffer[: block.stop - block.start]
-            for i, g, z, *q in _tiles(heads, block, products, plan):
-                lse[i], p = _lse(z, probabilities=plan.keep or plan.entropy or bool(q))
-                logp[i] = z.gather(1, y[i]) - lse[i]
-                if plan.keep:
-                    # p - 1_y before any rounding to 16 bits: 1 - p_y may be lost in that
-                    g.copy_(p.scatter_add_(1, y[i], -torch.ones_like(lse[i])))
-                elif p is not None:
-                    log_p = _log_softmax(z, lse[i])
-                if plan.entropy:
-                    H[i] = -(p * log_p).sum(1, keepdim=True)
-                if q:
-                    lse_q[i], _ = _lse(q[0])
-                    KL[i] = p.mul_(log_p.sub_(_log_softmax(q[0], lse_q[i]))).sum(1, keepdim=True)
-        kept = buffer.to(plan.dtype) if plan.keep else None
-        ctx.save_for_backward(y, lse, H, KL, lse_q, kept, *(t for head in heads for t in head))
+        ctx.plan, ctx.h_dtype, ctx.kept = plan, flat[0].dtype, None
+        heads, n = _heads(flat, plan), len(y)
+        stats = [flat[0].new_zeros(n, 1, dtype=plan.stats) for _ in range(7)]
+        buffers = _buffers(heads, plan)
+        for block in _blocks(n, plan.rows):
+            keep = plan.keep and block.stop == n
+            for i, g, *products in _tiles(heads, block, buffers, plan):
+                for stat, of_rows in zip(stats, _rows(_forward_rows, plan)(
+                        plan, keep, y[i], g, *products), strict=True):
+                    if of_rows is not None:
+                        stat[i] = of_rows
+                if keep:
+                    _put(g, y[i], stats[0][i].expm1())
+        if plan.keep:
+            # Not saved_for_backward: the first backward takes it and uses its memory, a second
+            # one makes it again.
+            ctx.kept = buffers[0]
+        logp, lse, H, KL = stats[:4]
+        ctx.save_for_backward(y, *stats, *(t for head in heads for t in head))
         return logp, lse, H if plan.entropy else None, KL if len(heads) > 1 else None
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream):
-        plan, (x, w), needs = ctx.plan, ctx.saved_tensors[6:8], ctx.needs_input_grad[2:5]
+        plan, (x, w), needs = ctx.plan, ctx.saved_tensors[8:10], ctx.needs_input_grad[2:5]
+        kept, ctx.kept = ctx.kept, None
         dh = torch.empty_like(x, dtype=ctx.h_dtype) if needs[0] else None
         dW = db = None
-        for block, dz, scale in _dlogits(ctx.saved_tensors, upstream, plan):
+        for block, dz, scale in _dlogits(ctx.saved_tensors, upstream, kept, plan):
             if needs[0]:
                 dh[block] = scale * _mm(dz, w, x.new_empty(len(dz), w.shape[1], dtype=plan.product))
             if needs[1]:
@@ -140,30 +149,76 @@ class _LinearLogProb(torch.autograd.Function):
         return None, None, dh, dW, db if db is None else db[:, 0], *no_grad
 
 
-def _dlogits(saved: tuple, upstream: tuple, plan: _Plan) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _dlogits(saved: tuple, upstream: tuple, kept: Tensor | None,
+             plan: _Plan) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Blocks of rows as (rows, dz, scale (R, 1)): the gradient of the logits h W^T is scale dz."""
-    y, lse, H, KL, lse_q, kept, *flat = saved
+    y, logp, lse, H, KL, lse_q, m, total, *flat = saved
     plain = all(t is None for t in upstream[1:])
     a, s, e, k = (torch.zeros_like(lse) if t is None else t for t in upstream)
     scale = (-a if plain else torch.ones_like(a)) / plan.temperature
-    if plain and kept is not None:
-        yield slice(0, len(y)), kept, scale
-        return
+    rows = (logp, m, total) if plain else (lse, lse_q, a, s - a - e * H - k * KL, k - e, k)
     heads = _heads(flat, plan)[: 1 if upstream[3] is None else 2]
-    A, B = s - a - e * H - k * KL, k - e
-    buffer = flat[0].new_empty(plan.rows, len(flat[1]), dtype=plan.product)
-    for block in _slices(len(y), plan.rows):
-        dz = buffer[: block.stop - block.start]
-        for i, g, z, *q in _tiles(heads, block, dz, plan):
-            log_p = _log_softmax(z, lse[i])
-            if plain:
-                g.copy_(log_p.exp_().scatter_add_(1, y[i], -torch.ones_like(lse[i])))
-                continue
-            factor = log_p * B[i] + A[i]
-            if q:
-                factor -= _log_softmax(q[0], lse_q[i]).mul_(k[i])
-            g.copy_(log_p.exp_().mul_(factor).scatter_add_(1, y[i], a[i]))
-        yield block, dz.to(plan.dtype), scale[block]
+    buffers = _buffers(heads, plan, kept)
+    for block in reversed(_blocks(len(y), plan.rows)):
+        if not (plain and kept is not None and block.stop == len(y)):
+            for i, g, *products in _tiles(heads, block, buffers, plan):
+                function = _rows(_plain_backward_rows if plain else _backward_rows, plan)
+                _put(g, y[i], function(plan, y[i], [t[i] for t in rows], g, *products))
+        yield block, buffers[0][: block.stop - block.start], scale[block]
+
+
+def _forward_rows(plan: _Plan, keep: bool, y: Tensor, g: Tensor, *products) -> tuple:
+    """logp, lse, H, KL, lse_q, m, S of some rows, (R, 1) or None; keep: writes p to g."""
+    z, *q = _logits(products, plan)
+    z_y, more = z.gather(1, y), plan.entropy or bool(q)
+    lse, m, total, e = _exp(z.clone() if more else z)
+    logp = z_y - lse
+    H = KL = lse_q = None
+    if keep:
+        g.copy_(e.div_(total))
+    elif more:
+        p, log_p = e.div_(total), _log_softmax(z, lse)
+        if plan.entropy:
+            H = -(p * log_p).sum(1, keepdim=True)
+        if q:
+            lse_q, *_ = _exp(q[0].clone())
+            KL = p.mul_(log_p.sub_(_log_softmax(q[0], lse_q))).sum(1, keepdim=True)
+    return logp, lse, H, KL, lse_q, m, total
+
+
+def _plain_backward_rows(plan: _Plan, y: Tensor, rows: list, g: Tensor, *products) -> Tensor:
+    """Writes p to g, bit for bit what forward kept of other rows; returns (p - 1_y)_y (R, 1)."""
+    logp, m, total = rows
+    (z,) = _logits(products, plan)
+    g.copy_(z.sub_(m).exp_().div_(total))
+    return logp.expm1()
+
+
+def _backward_rows(plan: _Plan, y: Tensor, rows: list, g: Tensor, *products) -> Tensor:
+    """Writes dz - a 1_y to g; returns dz_y (R, 1)."""
+    lse, lse_q, a, A, B, k = rows
+    z, *q = _logits(products, plan)
+    log_p = _log_softmax(z, lse)
+    factor = log_p * B + A
+    if q:
+        factor -= _log_softmax(q[0], lse_q).mul_(k)
+    dz = log_p.exp_().mul_(factor)
+    g.copy_(dz)
+    return dz.gather(1, y) + a
+
+
+def _put(dz: Tensor, y: Tensor, dz_y: Tensor) -> None:
+    """Sets dz at y, summed before it was rounded to 16 bits: 1 - p_y may be lost in that."""
+    dz.scatter_(1, y, dz_y.to(dz.dtype))
+
+
+@functools.cache
+def _compile(function: Callable) -> Callable:
+    return torch.compile(function)
+
+
+def _rows(function: Callable, plan: _Plan) -> Callable:
+    return _compile(function) if plan.compiled else function
 
 
 def _heads(flat: tuple, plan: _Plan) -> list[tuple]:
@@ -172,39 +227,53 @@ def _heads(flat: tuple, plan: _Plan) -> list[tuple]:
             for x, w, bias in zip(flat[::3], flat[1::3], flat[2::3], strict=True)]
 
 
-def _slices(n: int, size: int) -> list[slice]:
-    """range(n) in slices; an empty one for n = 0, so that no rows give zeros for gradients."""
-    return [slice(i, min(i + size, n)) for i in range(0, max(n, 1), size)]
+def _blocks(n: int, size: int) -> list[slice]:
+    """range(n) in slices of `size`, the first the rest; one for n = 0, so that it gives zeros."""
+    stops = range(n, 0, -size) or [0]
+    return [slice(max(stop - size, 0), stop) for stop in reversed(stops)]
 
 
-def _tiles(heads: list[tuple], block: slice, g: Tensor, plan: _Plan) -> Iterator[tuple]:
-    """Writes a block's h W^T to g, then gives its tiles: rows, their part of g, z of each head."""
-    products = [g, *(torch.empty_like(g) for _ in heads[1:])]
-    for (x, w, _), product in zip(heads, products, strict=True):
-        _mm(x[block], w.t(), product)
-    for r in _slices(len(g), plan.tile):
-        z = (_logits(p[r], bias, plan) for p, (_, _, bias) in zip(products, heads, strict=True))
-        yield slice(block.start + r.start, block.start + r.stop), g[r], *z
+def _buffers(heads: list[tuple], plan: _Plan, kept: Tensor | None = None) -> list[Tensor]:
+    """(rows, V) blocks: of dz, then each head's products; the first two are one if of one dtype."""
+    x, w, _ = heads[0]
+    dz = x.new_empty(plan.rows, len(w), dtype=plan.dtype) if kept is None else kept
+    same = plan.product == plan.dtype
+    return [dz, *(dz if same and i == 0 else dz.new_empty(dz.shape, dtype=plan.product)
+                  for i in range(len(heads)))]
 
 
-def _logits(product: Tensor, bias: Tensor | None, plan: _Plan) -> Tensor:
+def _tiles(heads: list[tuple], block: slice, buffers: list, plan: _Plan) -> Iterator[tuple]:
+    """Fills the buffers with a block's h W^T; its tiles: rows, dz, each head's (product, b)."""
+    n = block.stop - block.start
+    for (x, w, _), products in zip(heads, buffers[1:], strict=True):
+        _mm(x[block], w.t(), products[:n])
+    for start in range(0, n, plan.tile):
+        r = slice(start, min(start + plan.tile, n))
+        dz, *products = (t[r] for t in buffers)
+        yield (slice(block.start + r.start, block.start + r.stop), dz,
+               *((t, bias) for t, (_, _, bias) in zip(products, heads, strict=True)))
+
+
+def _logits(products: tuple, plan: _Plan) -> Iterator[Tensor]:
     """z = (h W^T + b) / T, in the products' own memory where they have its precision already."""
-    z = product.to(plan.stats)  # (R, V)
-    if bias is not None:
-        z += bias
-    if plan.temperature != 1:
-        z /= plan.temperature
-    if plan.vocab < z.shape[1]:
-        z[:, plan.vocab :] = -torch.inf  # and so p = 0 and dz = 0 exactly
-    return z
+    for product, bias in products:
+        z = product.to(plan.stats, copy=plan.compiled)  # (R, V); a copy in registers
+        if bias is not None:
+            z += bias
+        if plan.temperature != 1:
+            z /= plan.temperature
+        if plan.vocab < z.shape[1]:
+            z[:, plan.vocab :] = -torch.inf  # and so p = 0 and dz = 0 exactly
+        yield z
 
 
-# lse = m + log S  with m = max_v z_v,  S = sum_v exp(z_v - m);  p_v = exp(z_v - m) / S
-def _lse(z: Tensor, *, probabilities: bool = False) -> tuple[Tensor, Tensor | None]:
+# lse = m + log S  with m = max_v z_v,  S = sum_v e_v,  e_v = exp(z_v - m);  p_v = e_v / S
+def _exp(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """lse, m, S and e, e in z's place: torch.logsumexp takes twice the time on a CPU."""
     m = z.amax(1, keepdim=True)
-    e = (z - m).exp_()  # step by step: torch.logsumexp takes twice the time on a CPU
+    e = z.sub_(m).exp_()
     total = e.sum(1, keepdim=True)
-    return total.log() + m, e.div_(total) if probabilities else None
+    return total.log() + m, m, total, e
 
 
 def _log_softmax(z: Tensor, lse: Tensor) -> Tensor:
@@ -217,11 +286,18 @@ def _mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def _add_mm(total: Tensor | None, a: Tensor, b: Tensor, plan: _Plan) -> Tensor:
-    """total + a b, in place; each block's product is exact, or rounded once, before the sum."""
-    if total is not None and total.dtype == a.dtype:
-        return total.addmm_(a, b)
-    product = _mm(a, b, a.new_empty(a.shape[0], b.shape[1], dtype=plan.product)).to(plan.stats)
-    return product if total is None else total.add_(product)
+    """total + a b in place, in float32: 16-bit products are exact, or rounded once, before it."""
+    first = total is None
+    if first:
+        total = b.new_empty(len(a), b.shape[1], dtype=plan.stats)
+    if total.dtype == a.dtype:
+        return torch.addmm(total, a, b, beta=0 if first else 1, out=total)
+    rows = max(1, SUM_BYTES // (b.shape[1] * plan.product.itemsize))
+    for start in range(0, len(a), rows):  # a whole (V, C) product would leave the caches
+        part, here = a[start : start + rows], total[start : start + rows]
+        product = _mm(part, b, b.new_empty(here.shape, dtype=plan.product))
+        torch.add(product, 0 if first else here, out=here)
+    return total
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
