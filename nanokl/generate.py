@@ -5,12 +5,17 @@ inside its prompt, its next token is forced. So every token has the position tha
 training, and no row can see padding. Left out: beam search, stopping strings.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from nanokl import UserError
+from nanokl.transformer import Linear
+
+TILE = 256  # tokens whose probabilities are summed together before the CDF is looked at
 
 
 @dataclass
@@ -64,11 +69,23 @@ def sample(logits: Tensor, u: Tensor, *, temperature: float = 1.0, top_k: int | 
     """
     if temperature == 0.0:
         return logits.argmax(-1), torch.zeros_like(u)
-    logp = truncate(logits / temperature, top_k, top_p).log_softmax(-1)
-    cdf = logp.double().exp().cumsum(-1)  # float64: V rounding errors must not add up
-    token = torch.searchsorted(cdf, u[:, None].double() * cdf[:, -1:], right=True)
-    token = token.clamp(max=logits.shape[-1] - 1)  # NaN logits: the loss will say so
-    return token[:, 0], logp.gather(1, token)[:, 0]
+    z = truncate(logits if temperature == 1.0 else logits / temperature, top_k, top_p)
+    (B, V), n = z.shape, -(-z.shape[1] // TILE)
+    m = z.amax(1, keepdim=True)
+    e = z.new_empty(B, n * TILE)  # exp(z - m); the last tile ends in zeros
+    torch.sub(z, m, out=e[:, :V]).exp_()
+    e[:, V:] = 0
+    e = e.view(B, n, TILE)
+    # Two CDFs, over the tiles and within one, in float64: rounding errors must not add up.
+    cdf = F.pad(e.sum(-1).double().cumsum(-1), (1, 0))  # (B, n + 1), the mass before each tile
+    total = cdf[:, -1:]
+    at = u[:, None].double() * total
+    tile = (torch.searchsorted(cdf, at, right=True) - 1).clamp(max=n - 1)  # NaN logits: the loss
+    low, high = cdf.gather(1, tile), cdf.gather(1, tile + 1)  # will say so
+    within = e[torch.arange(B, device=e.device), tile[:, 0]].double().cumsum(-1)  # (B, TILE)
+    place = torch.searchsorted(within, (at - low) / (high - low) * within[:, -1:], right=True)
+    token = (tile * TILE + place).clamp(max=V - 1)
+    return token[:, 0], (z.gather(1, token) - m - total.log()).to(z.dtype)[:, 0]
 
 
 def _pack_prompts(prompts: list[list[int]], config, max_new_tokens: int) -> tuple[Tensor, Tensor]:
@@ -85,6 +102,22 @@ def _pack_prompts(prompts: list[list[int]], config, max_new_tokens: int) -> tupl
     return torch.tensor([[*p, *[0] * (T - len(p))] for p in prompts]), n_prompt
 
 
+def _cast_once(model, device: torch.device):
+    """The model with its matrices in autocast's dtype, sharing the rest; itself without autocast.
+
+    Autocast would cast what goes through each layer at every step, and frozen weights too.
+    """
+    if not torch.is_autocast_enabled(device.type):
+        return model
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    twin, dtype = copy.deepcopy(model, shared), torch.get_autocast_dtype(device.type)
+    for module in twin.modules():
+        if isinstance(module, Linear):
+            for name, parameter in list(module.named_parameters()):
+                setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+    return twin
+
+
 @torch.no_grad()
 def generate(model, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 1.0,
              top_k: int | None = None, top_p: float | None = None, stop: int | None = None,
@@ -99,27 +132,42 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, *, temperatur
     idx, n_prompt = (x.to(device) for x in _pack_prompts(prompts, model.config, max_new_tokens))
     B, T = idx.shape
     u = (torch.rand(B, max_new_tokens, generator=rng) if u is None else u).to(device)
-    logp = torch.zeros(B, T - 1, device=device)
-    mask = torch.zeros(B, T - 1, dtype=torch.bool, device=device)
-    stopped = torch.zeros(B, dtype=torch.bool, device=device)
+    out = Rollout(idx, torch.zeros(B, T - 1, dtype=torch.bool, device=device),
+                  torch.zeros(B, T - 1, device=device), n_prompt,
+                  torch.zeros(B, dtype=torch.bool, device=device))
+    model = _cast_once(model, device)
+    with torch.autocast(device.type, enabled=False):
+        _fill(out, model, u, stop, temperature=temperature, top_k=top_k, top_p=top_p)
+    end = int((n_prompt + out.mask.sum(1)).max())
+    return Rollout(idx[:, :end], out.mask[:, : end - 1], out.logp[:, : end - 1], n_prompt,
+                   out.stopped)
+
+
+def _fill(out: Rollout, model, u: Tensor, stop: int | None, **sampling) -> None:
+    """Writes the response tokens, their mask and logp, and which rows have stopped."""
+    (B, T), max_new_tokens = out.idx.shape, u.shape[1]
     cache = model.new_cache(B, T)
-    start = int(n_prompt.min())
-    h = model(idx[:, :start], cache=cache)[:, -1]  # prefill: what all prompts have
+    start = int(out.n_prompt.min())
+    rows, first = torch.arange(B, device=u.device), out.n_prompt  # those still in the batch
+    h = model(out.idx[:, :start], cache=cache)[:, -1]  # prefill: what all prompts have
     for t in range(start, T):
         # 1. draw a token for every row
-        new = (t - n_prompt).clamp(0, max_new_tokens - 1)  # which of its new tokens this is
-        draw = u.gather(1, new[:, None])[:, 0]
-        token, token_logp = sample(model.logits(h), draw, temperature=temperature, top_k=top_k,
-                                   top_p=top_p)
+        new = (t - first).clamp(0, max_new_tokens - 1)  # which of its new tokens this is
+        token, logp = sample(model.logits(h), u[rows, new], **sampling)
         # 2. keep it where the row is past its prompt and not yet finished
-        alive = (t >= n_prompt) & (t < n_prompt + max_new_tokens) & ~stopped
-        idx[:, t] = torch.where(alive, token, idx[:, t])
-        logp[:, t - 1], mask[:, t - 1] = token_logp * alive, alive
+        alive = (t >= first) & (t < first + max_new_tokens) & ~out.stopped[rows]
+        token = torch.where(alive, token, out.idx[rows, t])
+        out.idx[rows, t], out.mask[rows, t - 1], out.logp[rows, t - 1] = token, alive, logp * alive
         if stop is not None:
-            stopped |= alive & (token == stop)
-        # 3. go on while a row has tokens to come
-        if bool((stopped | (t + 1 >= n_prompt + max_new_tokens)).all()):
-            idx, logp, mask = idx[:, : t + 1], logp[:, :t], mask[:, :t]
-            break
-        h = model(idx[:, t : t + 1], cache=cache)[:, -1]
-    return Rollout(idx, mask, logp, n_prompt, stopped)
+            out.stopped[rows] |= alive & (token == stop)
+        # 3. when a quarter of the rows have finished, go on with the others. A GPU would have to
+        #    wait for the answer: it is asked now and then.
+        may_end = stop is not None or t + 1 >= start + max_new_tokens
+        if may_end and (u.device.type == "cpu" or t % 8 == 0 or t + 1 == T):
+            going = ((t + 1 < first + max_new_tokens) & ~out.stopped[rows]).nonzero()[:, 0]
+            if not len(going):
+                return
+            if len(going) <= 0.75 * len(rows):
+                rows, first, token = rows[going], first[going], token[going]
+                cache.keep(going)
+        h = model(token[:, None], cache=cache)[:, -1]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nanokl.checkpoint import Pretrained
-from nanokl.transformer import Transformer, TransformerConfig
+from nanokl.transformer import Linear, Transformer, TransformerConfig
 
 
 @dataclass
@@ -33,7 +33,7 @@ class GPT(Transformer, Pretrained):
 
     def __init__(self, config: GPTConfig, rng: torch.Generator | None = None):
         super().__init__(config)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.wte.weight
         if config.value_head:
@@ -44,4 +44,4 @@ class GPT(Transformer, Pretrained):
 
     def logits(self, h: Tensor) -> Tensor:
         """(..., C) -> (..., V), float32."""
-        return self.head(h).float()
+        return self.head(h).contiguous().float()

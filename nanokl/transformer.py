@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from nanokl import UserError, require_positive
 
+FEW_ROWS, LARGE_WEIGHT = 32, 1 << 19  # measured on a CPU with AMX
+
 
 @dataclass
 class TransformerConfig:
@@ -77,6 +79,10 @@ class KVCache:
         self.v[layer, :, :, self.pos : end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with these rows (n,) of the batch alone."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+
 
 # Each pair (x_2i, x_2i+1) is a complex number, turned by its position: x e^{i t theta_i} with
 # theta_i = base^(-2i/D), so that q . k depends on the distance alone; arXiv:2104.09864.
@@ -94,27 +100,45 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return torch.view_as_real(x * torch.view_as_complex(table)).flatten(-2)
 
 
+class Linear(nn.Linear):
+    """x W^T + b in the weight's precision, or autocast's.
+
+    Without gradient, for few rows and a large W on a CPU it is (W x^T)^T, which reads W in order
+    and takes half the time; the result is a transposed view then.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, W = x.numel() // x.shape[-1], self.weight
+        x = x.to(W.dtype)
+        few = rows <= FEW_ROWS and W.numel() >= LARGE_WEIGHT and x.device.type == "cpu"
+        if not few or torch.is_grad_enabled():
+            return super().forward(x)
+        xT = x.reshape(rows, -1).t()
+        y = W @ xT if self.bias is None else torch.addmm(self.bias[:, None], W, xT)  # (out, rows)
+        return y.t().unflatten(0, x.shape[:-1])
+
+
 class Attention(nn.Module):
     """softmax(q k^T / sqrt(D) + mask) v, over H heads."""
 
     def __init__(self, config: TransformerConfig, layer: int):
         super().__init__()
         self.config, self.layer = config, layer
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.qkv = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor, mask: Tensor | None, rotary, cache: KVCache | None) -> Tensor:
         (B, T, C), H = x.shape, self.config.n_head
         qkv = self.qkv(x)
-        if qkv.dtype is torch.bfloat16 and x.device.type == "cpu":  # far slower kernels there
-            qkv = qkv.float()
+        if qkv.dtype is torch.bfloat16 and x.device.type == "cpu" and cache is None:
+            qkv = qkv.float()  # its backward is far slower in bfloat16 there
         q, k, v = qkv.view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         if self.config.qk_norm:
             norm = F.rms_norm if self.config.norm == "rms" else F.layer_norm
             q, k = norm(q, (C // H,)), norm(k, (C // H,))
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast norms and tables are float32
+        q, k = q.to(v.dtype).contiguous(), k.to(v.dtype)  # norms and tables are float32
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         causal = self.config.causal and mask is None and T > 1
@@ -147,8 +171,8 @@ class MLP(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.activation = config.activation
-        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.up = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.down = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(ACTIVATIONS[self.activation](self.up(x)))
@@ -211,8 +235,8 @@ class Transformer(nn.Module):
 
     def new_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache for `batch` rows of up to `length` tokens."""
-        dtype, device = self.wte.weight.dtype, self.wte.weight.device
-        if torch.is_autocast_enabled(device.type) and device.type != "cpu":
+        dtype, device = self.blocks[0].attn.qkv.weight.dtype, self.wte.weight.device
+        if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         return KVCache(self.config, batch, length, device=device, dtype=dtype)
 

@@ -19,6 +19,7 @@ from nanokl import UserError
 from nanokl.generate import Rollout, generate, sample, truncate
 from nanokl.gpt import GPT, PRESETS, GPTConfig
 from nanokl.tokenizer import CHAR_PATTERN, train_bpe
+from nanokl.transformer import Linear
 
 SIZES = {"vocab_size": 29, "block_size": 24, "n_layer": 2, "n_head": 3, "n_embd": 12}
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7], [9, 3, 2], [3, 8]]
@@ -34,7 +35,7 @@ class Table:
         self.head = SimpleNamespace(weight=self.logp)
 
     def new_cache(self, batch, length):
-        return None
+        return SimpleNamespace(keep=lambda rows: None)
 
     def __call__(self, idx, cache=None):
         return idx
@@ -242,6 +243,42 @@ def test_ragged_rows_equal_rows_generated_alone(preset, stop):
         assert alone.stopped[0] == together.stopped[i]
         torch.testing.assert_close(alone.logp[alone.mask], together.logp[i][together.mask[i]],
                                    rtol=0, atol=1e-5)  # fmt: skip
+
+
+def test_finished_rows_leave_the_batch():
+    """The work of a step is that of the rows that are not finished, give or take a quarter."""
+    model, sizes = gpt(), []
+    model.register_forward_pre_hook(lambda _model, args: sizes.append(len(args[0])))
+    rollout = generate(model, [[3, 1]] * 64, 20, stop=7, temperature=2.0, rng=rng(0))
+    going = [64, *rollout.mask[:, 1:-1].logical_and(rollout.idx[:, 2:-1] != 7).sum(0).tolist()]
+    assert going[-1] < 32 and len(sizes) == len(going)
+    assert all(n <= size <= n / 0.75 for n, size in zip(going, sizes, strict=True))
+
+
+@pytest.mark.parametrize("preset", ["nano", "gpt2"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_autocast_samples_from_the_bfloat16_of_the_model(preset, frozen):
+    """Its weights are cast once: what it says of its tokens is what autocast says of them."""
+    model = gpt(preset).requires_grad_(not frozen)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        rollout = generate(model, [[3, 1, 4]] * 40, 10, rng=rng(1))
+        want = model.logits(model(rollout.idx[:, :-1])).log_softmax(-1)
+    want = want.gather(-1, rollout.idx[:, 1:, None])[..., 0][rollout.mask]
+    assert (want - rollout.logp[rollout.mask]).abs().max() < 0.05
+    for name, t in model.state_dict().items():
+        assert t.dtype == torch.float32 and torch.equal(t, before[name]), name
+
+
+def test_large_weights_meet_few_rows_transposed():
+    """(W x^T)^T + b is x W^T + b, in the shape of a view, without gradient only."""
+    layer = Linear(768, 1024)
+    x = torch.randn(3, 1, 768, generator=rng(0))
+    with torch.no_grad():
+        assert layer(x).stride()[0] == 1
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), rtol=0,
+                                   atol=1e-5)
+    assert layer(x).stride()[0] == 1024
 
 
 def test_permuted_rows_give_permuted_results():
