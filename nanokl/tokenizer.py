@@ -82,15 +82,14 @@ class Tokenizer:
 
         One call of tiktoken for all of them, outside of Python's lock: threads pay.
         """
-        end = SPECIALS[0]
+        end, end_id = SPECIALS[0], self.special(SPECIALS[0])
         text = "".join([text if isinstance(text, Rest) else end + text for text in texts])
         _utf8(text)
         text = text.lower() if self.lowercase else text
         if text.count(end) == sum(not isinstance(text, Rest) for text in texts):
             return self.encoding.encode_to_numpy(text, allowed_special={end}, disallowed_special=())
         # a document spells the special token, which is plain text there
-        ids = [[self.special(end)] * (not isinstance(text, Rest)) + self.encode(text)
-               for text in texts]
+        ids = [[end_id] * (not isinstance(text, Rest)) + self.encode(text) for text in texts]
         return np.concatenate(ids).astype(np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -6,7 +6,9 @@ The last tenth of the documents, or of the one document's characters, is the val
 import hashlib
 import re
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -15,10 +17,12 @@ from tyro.conf import Positional
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # the clone, where not installed
 
 from nanokl import UserError
-from nanokl.corpus import Corpus, holdout, prepare_corpus, read_text
+from nanokl.corpus import Corpus, Stream, holdout, prepare_corpus, stream_text
 from nanokl.runtime import parse_flags, run_program
+from nanokl.tokenizer import Rest
 
 HERE = Path(__file__).resolve().parent
+BLANK_LINES = re.compile(r"\n(?:[ \t]*\r?\n)+")  # what comes before may end in a \r
 
 
 @dataclass
@@ -38,15 +42,15 @@ def main() -> None:
     flags = parse_flags(Flags, prog="data/text/prepare.py", description=__doc__)
     if not flags.files:
         raise UserError("no FILE was given: name the UTF-8 text files to prepare")
-    texts = [read_text(path) for path in flags.files]
+    docs = Stream(lambda: documents(flags.files, flags.split_on_blank_lines))
     line = prepare_corpus(
         flags.out,
-        lambda: make_corpus(texts, flags.split_on_blank_lines),
+        lambda: Corpus(holdout(docs)),
         level=flags.level,
         vocab_size=flags.vocab_size,
         settings={
             "corpus": "text",
-            "sha256": [hashlib.sha256(text.encode()).hexdigest() for text in texts],
+            "sha256": [sha256(path) for path in flags.files],
             "split_on_blank_lines": flags.split_on_blank_lines,
         },
         force=flags.force,
@@ -54,11 +58,35 @@ def main() -> None:
     print(line)
 
 
-def make_corpus(texts: list[str], split_on_blank_lines: bool) -> Corpus:
-    """One document for each text, or for each part of it between blank lines."""
-    if split_on_blank_lines:
-        texts = [doc for text in texts for doc in re.split(r"\r?\n(?:[ \t]*\r?\n)+", text)]
-    return Corpus(holdout([text for text in texts if text.strip()]))
+def sha256(path: Path) -> str:
+    """Of a file's text."""
+    digest = hashlib.sha256()
+    for text in stream_text(path):
+        digest.update(text.encode())
+    return digest.hexdigest()
+
+
+def documents(files: Iterable[Path], split_on_blank_lines: bool) -> Iterator[str]:
+    """One document for each file, or for each part of it between blank lines."""
+    for path in files:
+        if split_on_blank_lines:
+            yield from between_blank_lines(stream_text(path))
+        else:
+            yield from (Rest(text) if i else text for i, text in enumerate(stream_text(path)))
+
+
+def between_blank_lines(texts: Iterable[str]) -> Iterator[str]:
+    """The documents of one file, which comes in texts cut anywhere."""
+    held, kind = "", str
+    for text in chain(texts, [None]):
+        held += text or ""
+        # white space at the end may go on in the next text
+        end = len(held) if text is None else len(held.rstrip(" \t\r\n"))
+        docs = BLANK_LINES.split(held[:end])
+        docs[:-1] = [doc.removesuffix("\r") for doc in docs[:-1]]
+        yield kind(docs[0])
+        yield from docs[1:]
+        held, kind = held[end:], Rest
 
 
 if __name__ == "__main__":
