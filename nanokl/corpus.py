@@ -6,13 +6,11 @@ document before it, so that a corpus, and a document, may be larger than memory.
 texts come from.
 """
 
-import codecs
 import hashlib
 import json
 import os
 import re
 import tempfile
-from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,61 +32,23 @@ SAMPLE = 64  # such parts, at most, that the BPE learns from: 16 million charact
 CUT = re.compile(r"(?s:.*)(?<=\S)(?=[ \t\r\n])")
 
 
+def read_blocks(path) -> Iterator[bytes]:
+    """A file's content, a megabyte at a time; UserError when it is missing."""
+    if not (path := Path(path)).is_file():
+        raise UserError(f"no file at {path}: give the path of a file that exists")
+    with path.open("rb") as file:
+        yield from iter(lambda: file.read(BLOCK), b"")
+
+
 def read_bytes(path, sha256: str | None = None) -> bytes:
     """A file's content; UserError when it is missing, empty or not of this sha256."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no file at {path}: give the path of a file that exists")
-    content = path.read_bytes()
+    content = b"".join(read_blocks(path))
     if not content.strip():
         raise UserError(f"{path} is empty: give a file with text in it")
     if sha256 and (found := hashlib.sha256(content).hexdigest()) != sha256:
         raise UserError(f"{path} ({len(content)} bytes) has sha256 {found}, not {sha256}: it is "
                         "truncated or another version, fetch it again")
     return content
-
-
-def read_text(path, sha256: str | None = None) -> str:
-    """A file's text; UserError too when it is not UTF-8 text."""
-    read_bytes(path, sha256)
-    return "".join(stream_text(path))
-
-
-def stream_text(path) -> Iterator[str]:
-    """The same text in parts of about a megabyte; the errors are those of read_text."""
-    if not (path := Path(path)).is_file():
-        raise UserError(f"no file at {path}: give the path of a file that exists")
-    decoder, at, blank = codecs.getincrementaldecoder("utf-8-sig")(), 0, True
-    for block in chain(_blocks(path), [b""]):
-        if (nul := block.find(b"\0")) >= 0:
-            raise UserError(f"{path} has a NUL byte at {at + nul}, it is no text: give a UTF-8 "
-                            "text file")
-        at, blank = at + len(block), blank and not block.strip()
-        try:
-            text = decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            place = at - len(error.object) + error.start  # what is left of the last block counts
-            raise UserError(f"{path} is not UTF-8 at byte {place} of {path.stat().st_size} "
-                            f"({error.reason}): convert it to UTF-8 first") from None
-        if text:
-            yield text
-    if blank:
-        raise UserError(f"{path} is empty: give a file with text in it")
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        yield from iter(lambda: file.read(BLOCK), b"")
-
-
-@dataclass(frozen=True)
-class Stream:
-    """Texts that can be read again and again, without ever being in memory together."""
-
-    make: Callable[[], Iterator[str]]
-
-    def __iter__(self) -> Iterator[str]:
-        return self.make()
 
 
 def without_blanks(docs: Iterable[str]) -> Iterator[str]:
@@ -105,32 +65,11 @@ def without_blanks(docs: Iterable[str]) -> Iterator[str]:
             lead = None
 
 
-def holdout(docs: Iterable[str]) -> dict[str, Stream]:
-    """The last tenth of the documents, or of a single document's characters, for validation."""
-    starts, n = array("q"), 0  # in characters
-    for text in without_blanks(docs):
-        if not isinstance(text, Rest):
-            starts.append(n)
-        n += len(text)
-    cut = starts[-max(1, len(starts) // 10)] if len(starts) > 1 else n * 9 // 10
-    return {"train": Stream(lambda: _between(docs, 0, cut)),
-            "val": Stream(lambda: _between(docs, cut, n))}
-
-
-def _between(docs: Iterable[str], first: int, end: int) -> Iterator[str]:
-    """What the documents hold from character `first` up to `end`."""
-    at = 0
-    for text in without_blanks(docs):
-        if part := text[max(0, first - at) : max(0, end - at)]:
-            yield Rest(part) if isinstance(text, Rest) and at > first else part
-        at += len(text)
-
-
 @dataclass(frozen=True)
 class Corpus:
     """What a source gives: documents by split, files to write beside them, facts for meta.json."""
 
-    splits: dict[str, Iterable[str]]  # train and val at least; each becomes SPLIT.bin
+    splits: dict[str, Iterable[str]]  # train and val at least, read more than once; -> SPLIT.bin
     files: dict[str, str] = field(default_factory=dict)  # name: text
     info: dict = field(default_factory=dict)  # source, licence, citation, counts
 
@@ -242,7 +181,7 @@ def _encoded(docs: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[np.nda
 
 def _fingerprint(path: Path) -> dict:
     digest = hashlib.sha256()
-    for block in _blocks(path):
+    for block in read_blocks(path):
         digest.update(block)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 

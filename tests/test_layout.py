@@ -70,7 +70,7 @@ def test_file_budget(path):
 
 def test_package_budget():
     total = sum(len(lines(p)) for p in MODULES)
-    assert total <= 3800, f"the package has {total} lines of 3,800"
+    assert total <= 4050, f"the package has {total} lines of 4,050"
     over = [p.name for p in MODULES if len(lines(p)) > 300]
     assert len(over) <= 1, f"over 300 lines: {over}"
 
