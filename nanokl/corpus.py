@@ -188,16 +188,20 @@ def _fingerprint(path: Path) -> dict:
 
 def _write_corpus(folder: Path, corpus: Corpus, settings: dict) -> dict:
     """Write every file into the fresh `folder` and return what meta.json holds."""
-    for name, docs in corpus.splits.items():
-        if next(without_blanks(docs), None) is None:
+
+    def require(found, name: str) -> None:
+        if not found:
             raise UserError(f"no text for the {name} split: the corpus is too small, give more")
+
     sample, pattern = _sample(corpus.splits["train"]), PATTERNS[settings["level"]]
+    require(sample, "train")
     tokenizer = train_bpe(sample, settings["vocab_size"], pattern=pattern,
                           lowercase=settings.get("lowercase", False))
     tokenizer.save(folder)
     counts = {}
     for name, docs in corpus.splits.items():
         header = write_parts(folder / f"{name}.bin", _encoded(docs, tokenizer), tokenizer)
+        require(header["n_docs"], name)
         counts[name] = {"documents": header["n_docs"], "tokens": header["n_tokens"],
                         "bytes": header["n_bytes"]}
     for name, text in corpus.files.items():
