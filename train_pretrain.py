@@ -22,6 +22,7 @@ from nanokl import (
     metrics,
     optim,
     require_positive,
+    throughput,
     training,
 )
 from nanokl import runtime as rt
@@ -92,10 +93,15 @@ class GPTTask:
         self.train = data.Shard.open(flags.data / "train.bin", tokenizer)
         self.val = data.Shard.open(flags.data / "val.bin", tokenizer)
 
-    def loss(self, model, core, step: int) -> torch.Tensor:
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """The rows (B, T + 1) of all processes, how many tokens of each are read, and targets."""
         f = self.flags
         idx = data.lm_batch(self.train, step, batch_size=f.batch_size, block_size=f.block_size,
                             seed=f.seed)
+        return idx, torch.full((f.batch_size,), f.block_size), f.batch_size * f.block_size
+
+    def loss(self, model, core, idx: torch.Tensor) -> torch.Tensor:
+        f = self.flags
         idx = self.runtime.shard(idx).to(self.runtime.device)
         h = model(idx[:, :-1])
         logp = linear_logprob(h, core.head.weight, idx[:, 1:]).logp
@@ -125,10 +131,15 @@ class BERTTask:
         self.train = data.Shard.open(flags.data / "train.bin", tokenizer)
         self.val = data.Shard.open(flags.data / "val.bin", tokenizer)
 
-    def loss(self, model, core, step: int) -> torch.Tensor:
-        f, r = self.flags, self.runtime
+    def batch(self, step: int) -> tuple[data.MLMBatch, torch.Tensor, int]:
+        """The rows of all processes, how many tokens of each are no padding, and targets."""
+        f = self.flags
         batch = data.mlm_batch(self.train, self.tokenizer, step, batch_size=f.batch_size,
                                block_size=f.block_size, seed=f.seed, mask_prob=f.mask_prob)
+        return batch, batch.mask.sum(1), int(batch.predict.sum())
+
+    def loss(self, model, core, batch: data.MLMBatch) -> torch.Tensor:
+        r = self.runtime
         idx, mask, targets, predict = (
             r.shard(x).to(r.device) for x in (batch.idx, batch.mask, batch.targets, batch.predict))
         h = core.transform(model(idx, mask)[predict])  # (N, C): the head runs on these alone
@@ -179,11 +190,11 @@ def pretrain(flags: Pretrain) -> None:
     tokenizer = Tokenizer.load(flags.data)
     task = (GPTTask if isinstance(flags, GPTFlags) else BERTTask)(flags, tokenizer, runtime)
     core, optimizers = build(flags, task, tokenizer, runtime)
-    start, best = 0, {"step": 0, task.best_metric: math.inf}
+    start, best, seen = 0, {"step": 0, task.best_metric: math.inf}, 0
     if training.open_run(flags, runtime):
         state = training.load_last(flags.out, core, optimizers, tokenizer=tokenizer)
-        start, best = state["step"], state["best"]
-    model = runtime.wrap(core)
+        start, best, seen = state["step"], state["best"], state.get("tokens_seen", math.nan)
+    model, meter = runtime.wrap(core), throughput.Meter(core, runtime, seen)
     log = metrics.Log(flags.out, total=flags.steps, unit="step", is_main=runtime.is_main,
                       resume_step=start)
     # 2. Gradient steps; now and then a validation pass. The best and the last model are kept.
@@ -193,12 +204,16 @@ def pretrain(flags: Pretrain) -> None:
             training.seed_step(flags.seed, step, runtime)
             optim.set_lr(optimizers, optim.lr_scale(step - 1, flags.steps, warmup=flags.warmup,
                                                     decay=flags.decay))
-            with runtime.autocast():
-                loss = task.loss(model, core, step - 1)
-            training.gradient_step(loss, core.parameters(), optimizers, step=step, out=flags.out,
-                                   max_grad_norm=flags.max_grad_norm)
+            with meter:
+                batch, *sizes = task.batch(step - 1)
+                meter.loaded(*sizes)
+                with runtime.autocast():
+                    loss = task.loss(model, core, batch)
+                training.gradient_step(loss, core.parameters(), optimizers, step=step,
+                                       out=flags.out, max_grad_norm=flags.max_grad_norm)
             if step % flags.log_every == 0 or step == 1:
-                log.step(step, loss_nats_per_token=runtime.mean(loss.detach()).item())
+                log.step(step, loss_nats_per_token=runtime.mean(loss.detach()).item(),
+                         **meter.rates())
             stop = runtime.any(interrupt.set)
             if step % flags.eval_every == 0 or step == flags.steps:
                 result = validate(task, core, runtime)
@@ -210,14 +225,16 @@ def pretrain(flags: Pretrain) -> None:
                         checkpoint.save(flags.out / "best", core, tokenizer=tokenizer)
             if runtime.is_main and (stop or step % flags.eval_every == 0 or step == flags.steps):
                 training.save_last(flags.out, core, optimizers, tokenizer=tokenizer, step=step,
-                                   best=best)
+                                   best=best, tokens_seen=meter.tokens_seen)
             if stop and step < flags.steps:
                 runtime.barrier()  # the main process has saved
                 training.leave(interrupt, log, step, flags.out)
         # 3. The numbers of the best checkpoint.
         numbers = {key.removeprefix("val_"): x for key, x in best.items() if key != "step"}
         log.close({"steps": flags.steps, "best_step": best["step"], "seed": flags.seed,
-                   "parameters": sum(p.numel() for p in core.parameters()), **numbers})
+                   "parameters": sum(p.numel() for p in core.parameters()), **numbers,
+                   "tokens_seen": meter.tokens_seen,
+                   **throughput.medians(flags.out / "metrics.jsonl")})
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ Reading order
     logprob, ngrams, reward, ppo, train_rlhf.py        from human ratings to a policy
     judgements, agreement                              what raters said, and how far a model agrees
     optim, runtime, checkpoint, metrics, report        what every run needs
+    throughput                                         how fast it goes
 """
 
 __version__ = "0.1.0"

@@ -1,28 +1,48 @@
 """From texts to a data folder: tokenizer, a shard for each split, meta.json; or nothing at all.
 
 A folder is whole or absent: made beside itself, renamed file by file, meta.json last, whose
-settings say whether to make it again. Left out: where texts come from, those larger than memory.
+settings say whether to make it again. Documents flow through in parts, a `Rest` going on with the
+document before it, so that a corpus, and a document, may be larger than memory. Left out: where
+texts come from.
 """
 
 import hashlib
 import json
 import os
+import re
 import tempfile
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
+
 from nanokl import UserError, __version__
-from nanokl.data import write_shard
-from nanokl.tokenizer import CHAR_PATTERN, PATTERN, train_bpe
+from nanokl.data import write_parts
+from nanokl.tokenizer import CHAR_PATTERN, PATTERN, Rest, Tokenizer, train_bpe
+
+PATTERNS = {"bpe": PATTERN, "char": CHAR_PATTERN}
+BLOCK = 1 << 20  # bytes read at a time
+PART = 1 << 18  # characters tokenised at a time
+SAMPLE = 64  # such parts, at most, that the BPE learns from: 16 million characters
+# A part may end here: no token of PATTERN has white space after another character.
+CUT = re.compile(r"(?s:.*)(?<=\S)(?=[ \t\r\n])")
+
+
+def read_blocks(path) -> Iterator[bytes]:
+    """A file's content, a megabyte at a time; UserError when it is missing."""
+    if not (path := Path(path)).is_file():
+        raise UserError(f"no file at {path}: give the path of a file that exists")
+    with path.open("rb") as file:
+        yield from iter(lambda: file.read(BLOCK), b"")
 
 
 def read_bytes(path, sha256: str | None = None) -> bytes:
     """A file's content; UserError when it is missing, empty or not of this sha256."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no file at {path}: give the path of a file that exists")
-    content = path.read_bytes()
+    content = b"".join(read_blocks(path))
     if not content.strip():
         raise UserError(f"{path} is empty: give a file with text in it")
     if sha256 and (found := hashlib.sha256(content).hexdigest()) != sha256:
@@ -31,32 +51,25 @@ def read_bytes(path, sha256: str | None = None) -> bytes:
     return content
 
 
-def read_text(path, sha256: str | None = None) -> str:
-    """A file's text; UserError too when it is not UTF-8 text."""
-    content = read_bytes(path, sha256)
-    if (at := content.find(b"\0")) >= 0:
-        raise UserError(f"{path} has a NUL byte at {at}, it is no text: give a UTF-8 text file")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 at byte {error.start} of {len(content)} "
-                        f"({error.reason}): convert it to UTF-8 first") from None
-
-
-def holdout(docs: list[str]) -> dict[str, list[str]]:
-    """The last tenth of the documents, or of a single document's characters, for validation."""
-    if len(docs) == 1:
-        cut = len(docs[0]) * 9 // 10
-        return {"train": [docs[0][:cut]], "val": [docs[0][cut:]]}
-    cut = len(docs) - max(1, len(docs) // 10)
-    return {"train": docs[:cut], "val": docs[cut:]}
+def without_blanks(docs: Iterable[str]) -> Iterator[str]:
+    """The documents that hold more than white space; the first part of each does, too."""
+    lead = None  # the white space that a document has begun with
+    for text in docs:
+        lead = lead if isinstance(text, Rest) else ""
+        if lead is None:
+            yield text
+        elif text.isspace() or not text:
+            lead += text
+        else:
+            yield lead + text
+            lead = None
 
 
 @dataclass(frozen=True)
 class Corpus:
     """What a source gives: documents by split, files to write beside them, facts for meta.json."""
 
-    splits: dict[str, list[str]]  # train and val at least; each becomes SPLIT.bin
+    splits: dict[str, Iterable[str]]  # train and val at least, read more than once; -> SPLIT.bin
     files: dict[str, str] = field(default_factory=dict)  # name: text
     info: dict = field(default_factory=dict)  # source, licence, citation, counts
 
@@ -105,26 +118,97 @@ def _counts(meta: dict) -> str:
     return f"{splits}; vocabulary {meta['tokenizer']['vocab_size']:,}"
 
 
+def _parts(docs: Iterable[str]) -> Iterator[str]:
+    """The documents that hold text, in parts of PART characters at most that no token crosses.
+
+    Only where so much text has no white space at all it is cut anywhere.
+    """
+    held, kind = "", str
+    for text in without_blanks(docs):
+        if held and not isinstance(text, Rest):
+            yield kind(held)
+            held = ""
+        held, kind, at = held + text, kind if isinstance(text, Rest) else str, 0
+        while len(held) - at > PART:
+            cut = CUT.match(held, at, at + PART)
+            end = cut.end() if cut and cut.end() > at else at + PART
+            yield kind(held[at:end])
+            kind, at = Rest, end
+        held = held[at:]
+    if held:
+        yield kind(held)
+
+
+def _groups(docs: Iterable[str]) -> Iterator[list[str]]:
+    """The same, PART characters at most in a list: work for one thread."""
+    group, size = [], 0
+    for part in _parts(docs):
+        if size + len(part) > PART:
+            yield group
+            group, size = [], 0
+        group.append(part)
+        size += len(part)
+    if group:
+        yield group
+
+
+def _sample(docs: Iterable[str]) -> list[str]:
+    """All of the text, or SAMPLE groups at most at equal distances."""
+    kept, stride = [], 1
+    for i, group in enumerate(_groups(docs)):
+        if i % stride == 0:
+            kept.append(group)
+        if len(kept) > SAMPLE:
+            kept, stride = kept[::2], 2 * stride
+    return list(chain.from_iterable(kept))
+
+
+def _encoded(docs: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, int]]:
+    """Ids and UTF-8 bytes of the documents, group by group in order; all cores have work."""
+
+    def encode(group: list[str]) -> tuple[np.ndarray, int]:
+        return tokenizer.encode_documents(group), len("".join(group).encode())
+
+    cores, waiting = os.cpu_count() or 1, deque()
+    with ThreadPoolExecutor(cores) as pool:
+        for group in _groups(docs):
+            waiting.append(pool.submit(encode, group))
+            if len(waiting) > 2 * cores:  # no more than that is in memory
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _fingerprint(path: Path) -> dict:
+    digest = hashlib.sha256()
+    for block in read_blocks(path):
+        digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
 def _write_corpus(folder: Path, corpus: Corpus, settings: dict) -> dict:
     """Write every file into the fresh `folder` and return what meta.json holds."""
-    splits = {name: [doc for doc in docs if doc.strip()] for name, docs in corpus.splits.items()}
-    if empty := [name for name, docs in splits.items() if not docs]:
-        raise UserError(f"no text for the {empty[0]} split: the corpus is too small, give more")
-    pattern = {"bpe": PATTERN, "char": CHAR_PATTERN}[settings["level"]]
-    tokenizer = train_bpe(splits["train"], settings["vocab_size"], pattern=pattern,
+
+    def require(found, name: str) -> None:
+        if not found:
+            raise UserError(f"no text for the {name} split: the corpus is too small, give more")
+
+    sample, pattern = _sample(corpus.splits["train"]), PATTERNS[settings["level"]]
+    require(sample, "train")
+    tokenizer = train_bpe(sample, settings["vocab_size"], pattern=pattern,
                           lowercase=settings.get("lowercase", False))
     tokenizer.save(folder)
     counts = {}
-    for name, docs in splits.items():
-        n_bytes, ids = sum(len(doc.encode()) for doc in docs), map(tokenizer.encode, docs)
-        n_tokens = write_shard(folder / f"{name}.bin", ids, tokenizer, n_bytes)
-        counts[name] = {"documents": len(docs), "tokens": n_tokens, "bytes": n_bytes}
+    for name, docs in corpus.splits.items():
+        header = write_parts(folder / f"{name}.bin", _encoded(docs, tokenizer), tokenizer)
+        require(header["n_docs"], name)
+        counts[name] = {"documents": header["n_docs"], "tokens": header["n_tokens"],
+                        "bytes": header["n_bytes"]}
     for name, text in corpus.files.items():
         (folder / name).write_bytes(text.encode())  # bytes: the same line ends anywhere
-    content = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
     meta = {"nanokl": __version__, "settings": settings, **corpus.info, "splits": counts,
-            "tokenizer": {"vocab_size": tokenizer.vocab_size, "hash": tokenizer.hash},
-            "files": {name: {"bytes": len(x), "sha256": hashlib.sha256(x).hexdigest()}
-                      for name, x in content.items()}}
+            "tokenizer": {"vocab_size": tokenizer.vocab_size, "hash": tokenizer.hash,
+                          "learnt_from_characters": sum(map(len, sample))},
+            "files": {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}}
     (folder / "meta.json").write_bytes((json.dumps(meta, indent=2) + "\n").encode())
     return meta

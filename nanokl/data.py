@@ -2,13 +2,18 @@
 
 A shard is `<|endoftext|> doc <|endoftext|> doc ... <|endoftext|>`: document i and its leading
 separator are tokens[starts[i]:starts[i + 1]], and starts[-1] is the closing separator. A resumed
-run needs the step only, no loader state. Left out: streaming, mixing weights, shards of many files.
+run needs the step only, no loader state. Tokens are read from the disk when a batch asks for them;
+in memory are 8 bytes a document and 12 a window. Left out: mixing weights, shards of many files.
 """
 
 import json
+import shutil
+import tempfile
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +30,7 @@ HEADER = {"dtype", "vocab_size", "tokenizer_hash", "n_tokens", "n_docs", "n_byte
 BUCKET = 16  # steps whose rows are sorted by length together, so that little is padding
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shard:
     """The tokens of one split, mapped from its file."""
 
@@ -67,27 +72,44 @@ class Shard:
         if (found := path.stat().st_size) != want:
             raise UserError(f"{path} is truncated: {found} bytes, not the {want} of its header; "
                             "prepare it again with --force")
-        starts = np.fromfile(path, "<i8", header["n_docs"] + 1, offset=16 + size)
+        starts = np.memmap(path, "<i8", "r", 16 + size, header["n_docs"] + 1)
         tokens = np.memmap(path, header["dtype"], "r", after)
-        return cls(tokens, starts, header["n_bytes"])
+        return cls(tokens, np.asarray(starts), header["n_bytes"])
 
 
 def write_shard(path, docs: Iterable[Sequence[int]], tokenizer: Tokenizer, n_bytes: int) -> int:
-    """Write documents (token ids, none empty) as one shard; return its n_tokens."""
+    """Write documents (token ids, none empty) as one shard as they come; return its n_tokens."""
+    separator = [tokenizer.special("<|endoftext|>")]
+    parts = ((np.concatenate((separator, doc)), 0) for doc in docs)
+    return write_parts(path, chain([(np.array([], int), n_bytes)], parts), tokenizer)["n_tokens"]
+
+
+def write_parts(path, parts: Iterable[tuple[np.ndarray, int]], tokenizer: Tokenizer) -> dict:
+    """Write a shard in parts of any length: ids with each document's separator, and UTF-8 bytes.
+
+    Return its header. The tokens wait in a nameless file, since header and starts come first.
+    """
+    path, separator = Path(path), tokenizer.special("<|endoftext|>")
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
-    separator = tokenizer.special("<|endoftext|>")
-    parts = [np.array([separator, *doc], dtype) for doc in docs]
-    starts = np.cumsum([0, *map(len, parts)])
-    assert (np.diff(starts) > 1).all(), f"document {np.diff(starts).argmin()} is empty"
-    header = {"dtype": dtype, "vocab_size": tokenizer.vocab_size, "tokenizer_hash": tokenizer.hash,
-              "n_tokens": int(starts[-1]) + 1, "n_docs": len(parts), "n_bytes": n_bytes}
-    text = json.dumps(header).encode()
-    text += b" " * (-(16 + len(text)) % 64)  # aligned, so that the map is read without copies
-    with open(path, "wb") as file:
-        file.write(MAGIC + len(text).to_bytes(8, "little") + text)
-        file.write(starts.astype("<i8").tobytes())
-        file.write(np.concatenate([*parts, np.array([separator], dtype)]).tobytes())
-    return header["n_tokens"]
+    places, n_tokens, n_bytes = array("q"), 0, 0
+    with tempfile.TemporaryFile(dir=path.parent) as tokens:
+        for ids, size in chain(parts, [(np.array([separator]), 0)]):
+            places.frombytes((np.flatnonzero(ids == separator) + n_tokens).astype("i8").tobytes())
+            tokens.write(ids.astype(dtype).tobytes())
+            n_tokens, n_bytes = n_tokens + len(ids), n_bytes + size
+        starts = np.frombuffer(places, "i8")
+        assert (np.diff(starts) > 1).all(), f"document {np.diff(starts).argmin()} is empty"
+        header = {"dtype": dtype, "vocab_size": tokenizer.vocab_size,
+                  "tokenizer_hash": tokenizer.hash, "n_tokens": n_tokens,
+                  "n_docs": len(starts) - 1, "n_bytes": n_bytes}
+        text = json.dumps(header).encode()
+        text += b" " * (-(16 + len(text)) % 64)  # aligned, so that the map is read without copies
+        with path.open("wb") as file:
+            file.write(MAGIC + len(text).to_bytes(8, "little") + text)
+            file.write(starts.astype("<i8", copy=False).data)
+            tokens.seek(0)
+            shutil.copyfileobj(tokens, file, 1 << 22)
+    return header
 
 
 def _windows(lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -98,27 +120,41 @@ def _windows(lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np
     return doc, k, n[doc]
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
 def _epoch(n: int, seed: int, stream: str, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """An epoch's order of n windows and a uniform number for each; a memo of a pure function."""
     rng = generator(seed, stream, epoch)
-    order = torch.randperm(n, generator=rng)
+    order = torch.randperm(n, generator=rng).to(torch.int32 if n < 1 << 31 else torch.int64)
     return order.numpy(), torch.rand(n, generator=rng, dtype=torch.float64).numpy()
 
 
-def _draw(lengths: np.ndarray, size: int, rows: np.ndarray, seed: int, stream: str):
-    """Documents and offsets of the windows at places `rows` of the endless shuffled sequence."""
-    doc, k, n = _windows(lengths, size)
+@lru_cache(maxsize=2)
+def _first_windows(shard: Shard, skip: int, size: int) -> np.ndarray:
+    """(n_docs + 1,) the numbers of all documents' first windows; a memo, being O(n_docs)."""
+    n = np.maximum(1, -(-(shard.lengths - skip) // size))
+    return np.concatenate(([0], np.cumsum(n)))
+
+
+def _draw(shard: Shard, skip: int, size: int, rows: np.ndarray, seed: int, stream: str):
+    """Starts and lengths of the windows at places `rows` of the endless shuffled sequence.
+
+    Each document is cut as `_windows` does, less its first `skip` tokens. Costs O(rows).
+    """
+    first = _first_windows(shard, skip, size)
     window, u = np.empty_like(rows), np.empty(len(rows))
-    for epoch in np.unique(rows // len(doc)):
-        here = rows // len(doc) == epoch
-        order, jitter = _epoch(len(doc), seed, stream, int(epoch))
-        window[here] = order[rows[here] % len(doc)]
+    for epoch in np.unique(rows // first[-1]):
+        here = rows // first[-1] == epoch
+        order, jitter = _epoch(int(first[-1]), seed, stream, int(epoch))
+        window[here] = order[rows[here] % first[-1]]
         u[here] = jitter[window[here]]
-    doc, k, n = doc[window], k[window], n[window]
+    doc = np.searchsorted(first, window, side="right") - 1
+    k, n = window - first[doc], first[doc + 1] - first[doc]
+    start = shard.starts[doc] + skip
+    length = shard.starts[doc + 1] - start
     # First windows start at 0, others at random in equal strata: an epoch covers all about once.
-    room = np.maximum(lengths[doc] - size + 1, 1)
-    return doc, np.maximum(0, np.floor((k - 1 + u) / np.maximum(n - 1, 1) * room)).astype(np.int64)
+    room = np.maximum(length - size + 1, 1)
+    offset = np.maximum(0, np.floor((k - 1 + u) / np.maximum(n - 1, 1) * room)).astype(np.int64)
+    return start + offset, np.minimum(length, size)
 
 
 def _gather(tokens: np.ndarray, start: np.ndarray, length: np.ndarray, fill: int):
@@ -148,8 +184,8 @@ def lm_batch(shard: Shard, step: int, *, batch_size: int, block_size: int, seed:
     """Training rows idx (B, block_size + 1) int64, from a document's window on past its end."""
     _check_sizes(batch_size, block_size)
     rows = np.arange(step * batch_size, (step + 1) * batch_size)
-    doc, offset = _draw(shard.lengths, block_size, rows, seed, "lm")
-    place = (shard.starts[doc] + offset)[:, None] + np.arange(block_size + 1)
+    start, _ = _draw(shard, 0, block_size, rows, seed, "lm")
+    place = start[:, None] + np.arange(block_size + 1)
     # modulo n_tokens - 1: the closing separator is the first one, and the file a ring
     return torch.from_numpy(shard.tokens[place % shard.starts[-1]].astype(np.int64))
 
@@ -196,20 +232,24 @@ def _masked(shard: Shard, tokenizer: Tokenizer, start, length, rng, mask_prob: f
     return MLMBatch(*map(torch.from_numpy, (idx, mask, targets, predict)))
 
 
+@lru_cache(maxsize=1)
+def _bucket(shard: Shard, size: int, batch_size: int, seed: int, bucket: int) -> np.ndarray:
+    """Starts and lengths, (2, BUCKET, B), of a bucket's batches in their order; a memo."""
+    rows = np.arange(bucket * BUCKET * batch_size, (bucket + 1) * BUCKET * batch_size)
+    windows = np.stack(_draw(shard, 1, size, rows, seed, "mlm"))
+    turns = torch.randperm(BUCKET, generator=generator(seed, "mlm-turns", bucket)).numpy()
+    by_length = np.argsort(windows[1], kind="stable").reshape(BUCKET, batch_size)
+    return windows[:, by_length[turns]]
+
+
 def mlm_batch(shard: Shard, tokenizer: Tokenizer, step: int, *, batch_size: int, block_size: int,
               seed: int, mask_prob: float = 0.15) -> MLMBatch:
     """A training batch: rows of like length, T the longest of them (block_size at most)."""
     _check_sizes(batch_size, block_size, 3)
-    lengths, size = shard.lengths - 1, block_size - 2
     bucket, turn = divmod(step, BUCKET)
-    rows = np.arange(bucket * BUCKET * batch_size, (bucket + 1) * BUCKET * batch_size)
-    doc, offset = _draw(lengths, size, rows, seed, "mlm")
-    length = np.minimum(lengths[doc], size)
-    turns = torch.randperm(BUCKET, generator=generator(seed, "mlm-turns", bucket))
-    rows = np.argsort(length, kind="stable").reshape(BUCKET, batch_size)[turns[turn].item()]
-    start = shard.starts[doc[rows]] + 1 + offset[rows]
+    start, length = _bucket(shard, block_size - 2, batch_size, seed, bucket)[:, turn]
     rng = generator(seed, "mlm-mask", step)
-    return _masked(shard, tokenizer, start, length[rows], rng, mask_prob)
+    return _masked(shard, tokenizer, start, length, rng, mask_prob)
 
 
 def mlm_eval_batches(shard: Shard, tokenizer: Tokenizer, *, block_size: int, batch_size: int,

@@ -16,6 +16,7 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import regex
 import tiktoken
 
@@ -34,6 +35,10 @@ PATTERN = (
     r"|\s{1,16}(?!\S)|\s"  # white space, but for the last, which goes with the word that follows
 )
 CHAR_PATTERN = r"(?s:.)"  # one character a chunk: merges only join the bytes of one character
+
+
+class Rest(str):
+    """More text of the document before it, for documents that come in parts."""
 
 
 class Tokenizer:
@@ -71,6 +76,21 @@ class Tokenizer:
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """Ids of each text, as `encode` gives them."""
         return [self.encode(text) for text in texts]  # for lines, 8 times faster than threads
+
+    def encode_documents(self, texts: Sequence[str]) -> np.ndarray:
+        """Ids (n,) uint32 of documents, each behind <|endoftext|>; a Rest has none before it.
+
+        One call of tiktoken for all of them, outside of Python's lock: threads pay.
+        """
+        end, end_id = SPECIALS[0], self.special(SPECIALS[0])
+        text = "".join([text if isinstance(text, Rest) else end + text for text in texts])
+        _utf8(text)
+        text = text.lower() if self.lowercase else text
+        if text.count(end) == sum(not isinstance(text, Rest) for text in texts):
+            return self.encoding.encode_to_numpy(text, allowed_special={end}, disallowed_special=())
+        # a document spells the special token, which is plain text there
+        ids = [[end_id] * (not isinstance(text, Rest)) + self.encode(text) for text in texts]
+        return np.concatenate(ids).astype(np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids, specials by their names, U+FFFD where their bytes are not UTF-8."""

@@ -5,18 +5,24 @@ import hashlib
 import importlib.util
 import io
 import json
+import multiprocessing
 import random
+import re
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_data import grown, shard_bytes
 
+from nanokl import corpus
 from nanokl.data import Shard
 from nanokl.judgements import Judgements
 from nanokl.runtime import run_program
-from nanokl.tokenizer import Tokenizer
+from nanokl.tokenizer import Rest, Tokenizer, train_bpe
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ["good", "bad", "film", "plot", "phone", "battery", "screen", "love", "hate", "not"]
@@ -317,6 +323,129 @@ def test_bad_text(tmp_path, run, content, says):
     fails(run(load("text"), tmp_path, "--out", tmp_path / "out"), "no file at")
     fails(run(load("text"), "--out", tmp_path / "out"), "no FILE was given")
     fails(run(load("text"), "--vocab", "x"), "vocab")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"12345678\0", "NUL byte at 8"),
+        (b"\xef\xbb\xbf12345\0", "NUL byte at 8"),
+        ("12345 caf\xe9s".encode("latin-1"), "not UTF-8 at byte 9 of 11"),
+        (b"\xef\xbb\xbf12345\xff", "not UTF-8 at byte 8 of 9"),
+        ("123 \u20ac".encode()[:-1], r"not UTF-8 at byte 4 of 6 \(unexpected end of data\)"),
+        (b" " * 30, "is empty"),
+    ],
+)
+@pytest.mark.parametrize("block", [1, 2, 3, 5, 1 << 20])
+def test_bad_text_in_any_block(tmp_path, monkeypatch, content, says, block):
+    monkeypatch.setattr(corpus, "BLOCK", block)
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(corpus.UserError, match=says):
+        list(load("text").stream_text(tmp_path / "a.txt"))
+
+
+def whole_text(files, split_on_blank_lines):
+    """The oracle: (train, val) documents with all texts in memory."""
+    docs = [content.decode("utf-8-sig") for content in files]
+    if split_on_blank_lines:
+        docs = [doc for text in docs for doc in re.split(r"\r?\n(?:[ \t]*\r?\n)+", text)]
+    docs = [doc for doc in docs if doc.strip()]
+    if len(docs) == 1:
+        cut = len(docs[0]) * 9 // 10
+        docs, cut = [docs[0][:cut], docs[0][cut:]], 1
+    else:
+        cut = len(docs) - max(1, len(docs) // 10)
+    return [[doc for doc in part if doc.strip()] for part in (docs[:cut], docs[cut:])]
+
+
+pieces = st.sampled_from(
+    ["a", "bc", "caf\xe9", "\U0001f600", "d'll", "12", " ", "\t", "\n", "\r\n", "\r", "\n\n",
+     "\r\n \r\n", "\n \t\n\n", "\x1c", "\xa0", "<|endoftext|>", "ends.\n", "\u2028", "\ufeff"]
+)  # fmt: skip
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    texts=st.lists(st.lists(pieces, min_size=1, max_size=25), min_size=1, max_size=4),
+    split=st.booleans(), block=st.integers(1, 9), part=st.sampled_from([60, 90, 1 << 18]),
+)  # fmt: skip
+def test_streamed_text_makes_the_same_shards(tmp_path_factory, texts, split, block, part):
+    folder, files = tmp_path_factory.mktemp("x"), [b"\xef\xbb\xbf" * (len(t) % 2)
+                                                  + "".join(t).encode() for t in texts]  # fmt: skip
+    files = [content for content in files if content.strip()]
+    for i, content in enumerate(files):
+        (folder / f"{i}.txt").write_bytes(content)
+    train, val = whole_text(files, split)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "BLOCK", block)
+        patch.setattr(corpus, "PART", part)
+        paths = [folder / f"{i}.txt" for i in range(len(files))]
+        prepare = load("text")
+        docs = prepare.Stream(lambda: prepare.documents(paths, split))
+        source = corpus.Corpus(prepare.holdout(docs))
+        if not (train and val):
+            with pytest.raises(corpus.UserError, match="no text for the"):
+                corpus.prepare_corpus(folder / "out", lambda: source, settings={}, vocab_size=270)
+            return
+        corpus.prepare_corpus(folder / "out", lambda: source, settings={}, vocab_size=270)
+    tokenizer = train_bpe(train, 270)
+    assert Tokenizer.load(folder / "out").hash == tokenizer.hash
+    for name, docs in (("train", train), ("val", val)):
+        n_bytes = sum(len(doc.encode()) for doc in docs)
+        expected = shard_bytes([tokenizer.encode(doc) for doc in docs], tokenizer, n_bytes)
+        assert (folder / "out" / f"{name}.bin").read_bytes() == expected
+
+
+@settings(max_examples=50, deadline=None)
+@given(texts=st.lists(st.tuples(st.text(alphabet="ab \n", max_size=30), st.booleans())),
+       size=st.integers(1, 9))  # fmt: skip
+def test_parts_and_groups_keep_the_text_and_its_documents(texts, size):
+    docs, whole = [], []
+    for text, more in texts:
+        docs.append(Rest(text) if more and docs else text)
+        whole[-1:] = [whole[-1] + text] if more and whole else [*whole[-1:], text]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "PART", size)
+        groups = list(corpus._groups(docs))
+    assert all(0 < sum(map(len, group)) <= size for group in groups)
+    got = []
+    for text in (text for group in groups for text in group):
+        got[-1:] = [got[-1] + text] if isinstance(text, Rest) else [*got[-1:], text]
+    assert got == [doc for doc in whole if doc.strip()]
+
+
+def test_bpe_sample_is_bounded_and_spread(monkeypatch):
+    monkeypatch.setattr(corpus, "PART", 10)
+    docs = [f"{i:010}" for i in range(1000)]
+    assert corpus._sample(docs[:64]) == docs[:64]  # all of a small corpus
+    assert corpus._sample(docs[:65]) == docs[:65:2]
+    assert corpus._sample(iter(docs)) == docs[::16]  # 63 parts; with :8 they would be 125
+
+
+def prepare_big(folder, split):
+    """MiB by which the process grows when it prepares 40 MB, and what meta.json says."""
+    rng = random.Random(0)
+    lines = [" ".join(rng.choices(WORDS, k=12)) + "\n" * rng.randint(1, 2) for _ in range(1000)]
+    with (folder / "big.txt").open("w") as file:
+        for _ in range(650):
+            file.write("".join(lines))
+    flags = ["--split-on-blank-lines"] if split else []
+    sys.argv = ["prepare.py", str(folder / "big.txt"), "--out", str(folder / "out"), *flags]
+    corpus.SAMPLE, corpus.os.cpu_count = 4, lambda: 2
+    prepare = load("text")
+    return (folder / "big.txt").stat().st_size / 2**20, grown(prepare.main)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_memory_does_not_grow_with_the_text(tmp_path, split):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        size, growth = pool.apply(prepare_big, (tmp_path, split))
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    n = meta["splits"]
+    assert size > 35 and growth < 40, growth  # of which 5 for 16 bytes a document
+    assert n["train"]["bytes"] + n["val"]["bytes"] >= 0.97 * size * 2**20
+    assert (n["train"]["documents"] > 100_000) == split
+    assert 2 << 18 < meta["tokenizer"]["learnt_from_characters"] <= 4 << 18
 
 
 def test_shakespeare(tmp_path, run, monkeypatch):

@@ -1,6 +1,10 @@
 """Shards and batches against brute force on documents whose every token is a different number."""
 
+import json
+import multiprocessing
+import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,17 +12,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanokl import UserError
+from nanokl import UserError, data
 from nanokl.data import (
     BUCKET,
+    MAGIC,
     Shard,
     eval_batches,
     lm_batch,
     mlm_batch,
     mlm_eval_batches,
     text_batch,
+    write_parts,
     write_shard,
 )
+from nanokl.runtime import generator
 from nanokl.tokenizer import SPECIALS, train_bpe
 
 
@@ -54,6 +61,74 @@ def test_shard_round_trip(tmp_path, n, dtype):
     assert shard.tokens.dtype == dtype and isinstance(shard.tokens, np.memmap)
     assert shard.starts.tolist() == [0, 3, 5, 9] and shard.n_bytes == 12
     assert [path.name for path in tmp_path.iterdir()] == ["x.bin"]
+
+
+def shard_bytes(docs, tokenizer, n_bytes):
+    """The oracle: a whole shard made in memory."""
+    dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+    separator = tokenizer.special("<|endoftext|>")
+    tokens = np.array([token for doc in docs for token in (separator, *doc)] + [separator], dtype)
+    starts = np.cumsum([0, *(len(doc) + 1 for doc in docs)])
+    header = {"dtype": dtype, "vocab_size": tokenizer.vocab_size, "tokenizer_hash": tokenizer.hash,
+              "n_tokens": len(tokens), "n_docs": len(docs), "n_bytes": n_bytes}  # fmt: skip
+    text = json.dumps(header).encode()
+    text += b" " * (-(16 + len(text)) % 64)
+    return MAGIC + len(text).to_bytes(8, "little") + text + starts.tobytes() + tokens.tobytes()
+
+
+@settings(max_examples=25, deadline=None)
+@given(lengths=lists_of_lengths, n=st.sampled_from([50, 70_000]), seed=st.integers(0, 99))
+def test_streamed_shards_have_the_same_bytes(tmp_path_factory, lengths, n, seed):
+    path, tokenizer = tmp_path_factory.mktemp("x") / "x.bin", Numbers(n)
+    rng = np.random.default_rng(seed)
+    docs = [rng.integers(0, n, length).tolist() for length in lengths]
+    write_shard(path, (np.array(doc) for doc in docs), tokenizer, n_bytes=70)
+    assert path.read_bytes() == shard_bytes(docs, tokenizer, 70)
+    ids = np.concatenate([[n, *doc] for doc in docs])  # cut anywhere, empty parts among them
+    cuts = np.sort(rng.integers(0, len(ids) + 1, 6))
+    sizes = [10, 9, 8, 7, 6, 25, 5]
+    header = write_parts(path, zip(np.split(ids, cuts), sizes, strict=True), tokenizer)
+    assert path.read_bytes() == shard_bytes(docs, tokenizer, 70)
+    assert (header["n_docs"], header["n_tokens"]) == (len(docs), len(ids) + 1)
+    assert [p.name for p in path.parent.iterdir()] == ["x.bin"]
+
+
+@pytest.mark.parametrize("docs", [[[1], [], [2]], [[]]])
+def test_no_shard_with_an_empty_document(tmp_path, docs):
+    with pytest.raises(AssertionError, match="is empty"):
+        write_shard(tmp_path / "x.bin", docs, Numbers(5), n_bytes=1)
+    assert not any(tmp_path.iterdir())
+
+
+def grown(call) -> float:
+    """MiB by which the process grows at most in a call."""
+
+    def status(key):
+        rows = Path("/proc/self/status").read_text().splitlines()
+        return next(int(row.split()[1]) for row in rows if row.startswith(key)) / 1024
+
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    call()
+    return status("VmHWM") - before
+
+
+def write_and_read(path):
+    """MiB for 100 MB of tokens in 20,000 documents: to write them, to open them, to draw 3 rows."""
+    rng, tokenizer = np.random.default_rng(0), Numbers(60_000)
+    docs = (rng.integers(0, 60_000, 2499) for _ in range(20_000))
+    write = grown(lambda: write_shard(path, docs, tokenizer, n_bytes=1))
+    size = {"batch_size": 3, "block_size": 64, "seed": 0}
+    opened = grown(lambda: Shard.open(path, tokenizer))
+    drawn = grown(lambda: lm_batch(Shard.open(path, tokenizer), 0, **size))
+    return path.stat().st_size / 2**20, write, opened, drawn
+
+
+def test_memory_does_not_grow_with_the_shard(tmp_path):
+    """In a process of its own: forks of this one may hold more than they report."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        size, write, opened, drawn = pool.apply(write_and_read, (tmp_path / "x.bin",))
+    assert size > 95 and write < 12 and opened < 2 and drawn < 32
 
 
 @pytest.mark.parametrize(
@@ -137,6 +212,60 @@ def test_batches_are_functions_of_seed_and_step(tmp_path):
         assert all(map(torch.equal, draw(again, step), first[step]))
     assert not torch.equal(first[0][0], first[1][0])
     assert not torch.equal(first[0][0], draw(shard, 0, seed=1)[0])
+
+
+def windows_one_by_one(lengths, size, seed, stream):
+    """The oracle: (document, offset) of each window of an epoch 0, cut and drawn one by one."""
+    cut = [(doc, k, n) for doc, length in enumerate(lengths)
+           for n in [max(1, -(-length // size))] for k in range(n)]  # fmt: skip
+    rng = generator(seed, stream, 0)
+    order = torch.randperm(len(cut), generator=rng).tolist()
+    u = torch.rand(len(cut), generator=rng, dtype=torch.float64).tolist()
+    for window in order:
+        doc, k, n = cut[window]
+        place = (k - 1 + u[window]) / max(n - 1, 1) * max(lengths[doc] - size + 1, 1)
+        yield doc, int(max(0.0, place))
+
+
+@settings(max_examples=25, deadline=None)
+@given(lengths=lists_of_lengths, block_size=st.integers(3, 12), seed=st.integers(-3, 3))
+def test_batches_are_those_of_windows_one_by_one(tmp_path_factory, lengths, block_size, seed):
+    """The order of batches that any earlier run had: with it, a run can be made again."""
+    shard, tokenizer, _ = make_shard(tmp_path_factory.mktemp("x"), lengths)
+    ring = shard.tokens[:-1].tolist() * (block_size + 2)
+    epoch = list(windows_one_by_one([n + 1 for n in lengths], block_size, seed, "lm"))
+    rows = lm_batch(shard, 0, batch_size=len(epoch), block_size=block_size, seed=seed).tolist()
+    places = [int(shard.starts[doc]) + offset for doc, offset in epoch]
+    assert rows == [ring[place : place + block_size + 1] for place in places]
+    epoch = list(windows_one_by_one(lengths, block_size - 2, seed, "mlm"))
+    batches = [mlm_batch(shard, tokenizer, step, batch_size=len(epoch), block_size=block_size,
+                         seed=seed) for step in range(BUCKET)]  # fmt: skip
+    drawn = Counter(row[1] for batch in batches for row in batch.targets.tolist())
+    places = [int(shard.starts[doc]) + 1 + offset for doc, offset in epoch]
+    assert not Counter(shard.tokens[places].tolist()) - drawn
+
+
+def test_a_batch_does_not_look_at_every_document(tmp_path):
+    """A million documents: 20 batches cost less than looking at all lengths ten times."""
+    n = 1_000_000
+    tokenizer, ids = Numbers(9), np.tile([9, 1, 2], n)
+    write_parts(tmp_path / "x.bin", [(ids, 1)], tokenizer)
+    shard = Shard.open(tmp_path / "x.bin", tokenizer)
+
+    def seconds(call):
+        times = []
+        for _ in range(5):
+            start = time.process_time()
+            call()
+            times.append(time.process_time() - start)
+        return min(times)
+
+    size = {"batch_size": 8, "block_size": 8, "seed": 0}
+    once = seconds(lambda: shard.lengths)
+    lm_batch(shard, 0, **size), mlm_batch(shard, tokenizer, 0, **size)
+    assert seconds(lambda: [lm_batch(shard, step, **size) for step in range(20)]) < 10 * once
+    assert seconds(lambda: [mlm_batch(shard, tokenizer, s, **size) for s in range(20)]) < 10 * once
+    assert data._first_windows.cache_info().maxsize <= 4  # a memo that cannot pile up
 
 
 @settings(max_examples=25, deadline=None)

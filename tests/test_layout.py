@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 RANK = {
     "tokenizer": 0, "transformer": 0, "logprob": 0, "optim": 0, "runtime": 0, "checkpoint": 0,
     "metrics": 0, "figures": 0, "ngrams": 0, "data": 1, "judgements": 1, "training": 1, "gpt": 1,
-    "bert": 1, "generate": 1, "report": 1, "corpus": 2, "agreement": 2, "reward": 2, "ppo": 3,
-    "evaluation": 4, "__main__": 4,
+    "bert": 1, "generate": 1, "report": 1, "throughput": 1, "corpus": 2, "agreement": 2,
+    "reward": 2, "ppo": 3, "evaluation": 4, "__main__": 4,
 }  # fmt: skip
 MODULES = sorted((ROOT / "nanokl").glob("*.py"))
 SCRIPTS = [ROOT / "train_pretrain.py", ROOT / "train_rlhf.py"]
@@ -70,7 +70,7 @@ def test_file_budget(path):
 
 def test_package_budget():
     total = sum(len(lines(p)) for p in MODULES)
-    assert total <= 3800, f"the package has {total} lines of 3,800"
+    assert total <= 4050, f"the package has {total} lines of 4,050"
     over = [p.name for p in MODULES if len(lines(p)) > 300]
     assert len(over) <= 1, f"over 300 lines: {over}"
 

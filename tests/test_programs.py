@@ -21,8 +21,9 @@ import torch
 from conftest import ROOT, Python, wait_for_rows
 from test_corpus import fake_files, fake_sdist
 
-from nanokl import checkpoint
+from nanokl import checkpoint, data, throughput
 from nanokl.gpt import GPT
+from nanokl.tokenizer import Tokenizer
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 WIDTH = "--n_layer 1 --n_embd 32 --n_head 2"
@@ -121,9 +122,10 @@ def read(path: Path):
 
 
 def rows(out: Path) -> list[dict]:
-    """metrics.jsonl less the seconds."""
+    """metrics.jsonl less the seconds, and what is measured in them."""
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    timed = {"seconds", *throughput.RATES}
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -134,8 +136,8 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 def test_summary_has_every_number(demo):
     summary = read(demo / "summary.json")
     wanted = {
-        "gpt": "bits_per_byte nats_per_token",
-        "bert": "mlm_nats_per_token mlm_accuracy",
+        "gpt": "bits_per_byte nats_per_token tokens_seen tokens_per_second loader_share",
+        "bert": "mlm_nats_per_token mlm_accuracy tokens_seen tokens_per_second loader_share",
         "reward": "pair_accuracy pair_accuracy_se human_ceiling calibration_error",
         "ppo": "beta reward_ref_mean reward_ref_mean_se reward_ref_sd reward_mean reward_mean_se "
         "kl_nats_per_sequence kl_nats_per_sequence_se objective objective_se objective_ref "
@@ -183,6 +185,23 @@ def test_metrics_rows(demo):
     for name, key, steps in (("gpt", "val_bits_per_byte", [3, 6]), ("bert", "mlm_accuracy", [3, 6]),
                              ("reward", "val_pair_accuracy", [2, 4])):  # fmt: skip
         assert [row["step"] for row in rows(demo / name) if key in row] == steps, name
+
+
+def test_tokens_seen_and_rates(demo, python):
+    """Counted again from the batches; on a CPU there is no MFU."""
+    tokenizer = Tokenizer.load(python.cwd / "data" / "hutto")
+    shard = data.Shard.open(python.cwd / "data" / "hutto" / "train.bin", tokenizer)
+    masks = [data.mlm_batch(shard, tokenizer, step, batch_size=16, block_size=48, seed=0,
+                            mask_prob=0.2).mask for step in range(6)]  # fmt: skip
+    assert len({mask.sum() for mask in masks}) > 1  # rows differ in length
+    for name, sizes in (("gpt", [16 * 48] * 6), ("bert", [int(mask.sum()) for mask in masks])):
+        seen = [row["tokens_seen"] for row in rows(demo / name) if "tokens_seen" in row]
+        assert seen == [sum(sizes[: i + 1]) for i in range(6)], name
+        summary = read(demo / name / "summary.json")
+        assert summary["tokens_seen"] == sum(sizes) and summary["tokens_per_second"] > 0
+        assert 0 < summary["loader_share"] < 1 and "mfu" not in summary
+        assert {k: summary[k] for k in throughput.RATES if k in summary} == throughput.medians(
+            demo / name / "metrics.jsonl")  # fmt: skip
 
 
 def test_report_and_samples(demo):
@@ -329,11 +348,15 @@ def same_run(a: Path, b: Path) -> None:
     summaries = [read(x / "summary.json") for x in (a, b)]
     for summary in summaries:
         del summary["wall_seconds"], summary["date"], summary["peak_memory_gib"]
+        assert ("tokens_seen" in summary) == ("tokens_per_second" in summary)
+        for name in throughput.RATES:
+            summary.pop(name, None)
     assert summaries[0] == summaries[1]
 
 
 RESUMED = {
     "gpt": (signal.SIGTERM, 143, 12, ["--steps", 60, "--eval_every", 25, "--dropout", 0.1]),
+    "bert": (signal.SIGINT, 130, 7, ["--steps", 40, "--eval_every", 30, "--log_every", 2]),
     "reward": (signal.SIGINT, 130, 7, ["--steps", 40, "--eval_every", 10, "--patience", 1]),
     "ppo": (signal.SIGTERM, 143, 3, ["--steps", 10, "--kl_target", 0.01, "--save_every", 4,
                                      "--lr", 1e-2]),

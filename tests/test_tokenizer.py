@@ -14,7 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanokl import UserError
-from nanokl.tokenizer import CHAR_PATTERN, FILE_NAME, PATTERN, SPECIALS, Tokenizer, train_bpe
+from nanokl.tokenizer import (
+    CHAR_PATTERN,
+    FILE_NAME,
+    PATTERN,
+    SPECIALS,
+    Rest,
+    Tokenizer,
+    train_bpe,
+)
 
 WHOLE = r"(?s:.+)"  # the whole text is one chunk
 BYTES = [bytes([b]) for b in range(256)]
@@ -223,6 +231,23 @@ def test_batch_and_kinds_of_ids():
     for wrong in (-1, 600):
         with pytest.raises(UserError, match=r"ids must be in 0\.\.599"):
             TRAINED.decode([65, wrong])
+
+
+@pytest.mark.parametrize("lowercase", [False, True])
+def test_documents_are_encoded_as_one_by_one(lowercase):
+    tokenizer = train_bpe(texts_of(5), 400, lowercase=lowercase)
+    end = tokenizer.special("<|endoftext|>")
+    texts = [*texts_of(7, n=4), "\u039f\u03a3", "", " ", "a\n", "\n\nb", "[MASK] \u0130"]
+    for docs in (texts, [*texts, "so <|endoftext|> ends <|ENDOFTEXT|>"], texts[::-1]):
+        ids = [i for doc in docs for i in (end, *tokenizer.encode(doc))]
+        got = tokenizer.encode_documents(docs)
+        assert got.tolist() == ids and got.dtype == np.uint32
+        cut = [docs[0], Rest(" " + docs[0]), *docs[1:]]
+        ids = [end, *tokenizer.encode(docs[0]), *tokenizer.encode(" " + docs[0])]
+        assert tokenizer.encode_documents(cut).tolist()[: len(ids)] == ids
+        assert tokenizer.encode_documents([Rest("b c")]).tolist() == tokenizer.encode("b c")
+    with pytest.raises(UserError, match="half a surrogate pair"):
+        tokenizer.encode_documents(["a", "\ud800"])
 
 
 @pytest.mark.parametrize("pattern", [PATTERN, CHAR_PATTERN])

@@ -16,7 +16,7 @@ from tyro.conf import Positional
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # the clone, where not installed
 
 from nanokl import UserError
-from nanokl.corpus import Corpus, holdout, prepare_corpus, read_text
+from nanokl.corpus import Corpus, prepare_corpus, read_bytes
 from nanokl.runtime import parse_flags, run_program
 
 HERE = Path(__file__).resolve().parent
@@ -40,9 +40,7 @@ def main() -> None:
     flags = parse_flags(Flags, prog="data/shakespeare/prepare.py", description=__doc__)
     line = prepare_corpus(
         flags.out,
-        lambda: Corpus(
-            holdout([plays(flags.file)]), info={"source": URL, "licence": "public domain"}
-        ),
+        lambda: make_corpus(plays(flags.file)),
         level=flags.level,
         vocab_size=flags.vocab_size,
         settings={"corpus": "shakespeare", "sha256": SHA256},
@@ -51,10 +49,17 @@ def main() -> None:
     print(line)
 
 
+def make_corpus(text: str) -> Corpus:
+    """One document in each split."""
+    cut = len(text) * 9 // 10
+    splits = {"train": [text[:cut]], "val": [text[cut:]]}
+    return Corpus(splits, info={"source": URL, "licence": "public domain"})
+
+
 def plays(file: Path | None) -> str:
     """The text, from a local copy or the network; UserError unless its sha256 is right."""
     if file:
-        return read_text(file, SHA256)
+        return read_bytes(file, SHA256).decode()
     print(f"fetching {URL}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "input.txt"
@@ -64,7 +69,7 @@ def plays(file: Path | None) -> str:
         except (OSError, http.client.HTTPException) as error:
             problem = f"could not fetch {URL} ({error}): connect, or give a local copy's path"
             raise UserError(problem) from error
-        return read_text(copy, SHA256)
+        return read_bytes(copy, SHA256).decode()
 
 
 if __name__ == "__main__":
