@@ -27,6 +27,7 @@ from nanokl import (
 )
 from nanokl import runtime as rt
 from nanokl.logprob import linear_logprob
+from nanokl.ngram_embedding import frequent_ngrams
 from nanokl.tokenizer import Tokenizer
 
 
@@ -65,6 +66,14 @@ class Pretrain:
 @dataclass
 class GPTFlags(Pretrain):
     """Next-token prediction."""
+
+    ngrams: int = 0  # up to so many tokens have an embedding together if seen twice; 0: none
+    ngram_dropout: float = 0.5  # of each of those, in training only
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (self.ngrams == 0 or 2 <= self.ngrams <= 8):
+            raise UserError(f"--ngrams is {self.ngrams}: give 0, or 2 to 8")
 
 
 @dataclass
@@ -165,11 +174,17 @@ def build(flags: Pretrain, task, tokenizer: Tokenizer, runtime: rt.Runtime):
     """The fresh model and its optimisers."""
     if flags.preset not in task.presets:
         raise UserError(f"--preset is {flags.preset!r}: give one of {', '.join(task.presets)}")
+    ngrams, switches = [], {**task.presets[flags.preset]}
+    if getattr(flags, "ngrams", 0):
+        ngrams = frequent_ngrams(task.train.tokens, flags.ngrams, tokenizer.vocab_size)
+        switches |= {"ngram_rows": tuple(map(len, ngrams)), "ngram_dropout": flags.ngram_dropout}
     config = task.model.Config(
         vocab_size=tokenizer.vocab_size, block_size=flags.block_size, n_layer=flags.n_layer,
-        n_head=flags.n_head, n_embd=flags.n_embd, dropout=flags.dropout,
-        **task.presets[flags.preset])
-    model = task.model(config, rt.generator(flags.seed, "weights")).to(runtime.device)
+        n_head=flags.n_head, n_embd=flags.n_embd, dropout=flags.dropout, **switches)
+    model = task.model(config, rt.generator(flags.seed, "weights"))
+    if ngrams:
+        model.ngrams.know(ngrams)
+    model.to(runtime.device)
     optimizers = optim.make_optimizers(model, lr=flags.lr, muon_lr=flags.muon_lr,
                                        weight_decay=flags.weight_decay, betas=(0.9, 0.98),
                                        dtype=runtime.dtype)

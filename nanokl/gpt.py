@@ -9,14 +9,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from nanokl import UserError
 from nanokl.checkpoint import Pretrained
-from nanokl.transformer import Linear, Transformer, TransformerConfig
+from nanokl.ngram_embedding import NgramEmbedding
+from nanokl.transformer import KVCache, Linear, Transformer, TransformerConfig
 
 
 @dataclass
 class GPTConfig(TransformerConfig):
     tied: bool = True  # the head shares the token embedding's weight
     value_head: bool = False  # a scalar per position: the critic of PPO
+    ngram_rows: tuple[int, ...] = ()  # n-grams with an embedding of their own, for n = 2, 3, ...
+    ngram_dropout: float = 0.5  # of each of those, in train mode only
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0.0 <= self.ngram_dropout < 1.0:
+            raise UserError(f"ngram_dropout is {self.ngram_dropout}: give 0 <= ngram_dropout < 1")
 
 
 PRESETS = {  # switches only; sizes are the caller's
@@ -38,9 +47,23 @@ class GPT(Transformer, Pretrained):
             self.head.weight = self.wte.weight
         if config.value_head:
             self.value = nn.Linear(config.n_embd, 1)
+        if config.ngram_rows:
+            self.ngrams = NgramEmbedding(config)
         self.init_weights(rng)
+        if config.ngram_rows:
+            self.ngrams.zero_unknown()
         if config.value_head:
             nn.init.zeros_(self.value.weight)  # values start at 0, like the rewards' mean
+
+    def forward(self, idx: Tensor, mask: Tensor | None = None, segment: Tensor | None = None,
+                extra: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Hidden states (B, T, C), as Transformer.forward; n-grams may begin before the cache's."""
+        if self.config.ngram_rows:
+            before = idx[:, :0] if cache is None else cache.idx[:, : cache.pos]
+            ngrams = self.ngrams(torch.cat((before[:, 1 - self.ngrams.longest :], idx), 1))
+            ngrams = ngrams[:, -idx.shape[1] :]
+            extra = ngrams if extra is None else extra + ngrams
+        return super().forward(idx, mask, segment, extra, cache)
 
     def logits(self, h: Tensor) -> Tensor:
         """(..., C) -> (..., V), float32."""

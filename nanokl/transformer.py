@@ -64,11 +64,12 @@ class TransformerConfig:
 
 
 class KVCache:
-    """Keys and values of the positions seen so far: two (L, B, H, T, D) blocks, filled in place."""
+    """What was seen so far, filled in place: keys and values (L, B, H, T, D), token ids (B, T)."""
 
     def __init__(self, config: TransformerConfig, batch: int, length: int, *, device, dtype):
         shape = (config.n_layer, batch, config.n_head, length, config.n_embd // config.n_head)
         self.k, self.v = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
+        self.idx = torch.zeros(batch, length, device=device, dtype=torch.int64)
         self.pos = 0  # positions filled
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,7 +82,7 @@ class KVCache:
 
     def keep(self, rows: Tensor) -> None:
         """Goes on with these rows (n,) of the batch alone."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.k, self.v, self.idx = self.k[:, rows], self.v[:, rows], self.idx[rows]
 
 
 # Each pair (x_2i, x_2i+1) is a complex number, turned by its position: x e^{i t theta_i} with
@@ -270,6 +271,8 @@ class Transformer(nn.Module):
         pos = cache.pos if cache is not None else 0
         assert pos + T <= self.config.block_size, f"{pos + T} tokens > {self.config.block_size}"
         assert mask is None or cache is None, "a cache takes no padding mask"
+        if cache is not None:
+            cache.idx[:, pos : pos + T] = idx
         x = self.embed(idx, segment, extra, pos)
         rotary = self.rotary[pos : pos + T] if self.config.position == "rotary" else None
         attention_mask = self._attention_mask(mask, T, pos)
