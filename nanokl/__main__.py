@@ -109,8 +109,15 @@ class Bench:
 
     def __call__(self) -> None:
         require_positive(self, "rounds", "seconds")
-        pythons = {name: str(path.absolute()) for name in ("peers", "peers_ppo")
-                   if (path := getattr(self, name)).exists()}
+        if self.device == "mps":
+            raise UserError("device is 'mps', where nothing is measured: choose auto, cpu or cuda")
+        pythons = {}
+        for name, default in (("peers", Bench.peers), ("peers_ppo", Bench.peers_ppo)):
+            path = getattr(self, name)
+            if path.exists():
+                pythons[name] = str(path.absolute())
+            elif path != default:
+                raise UserError(f"{name} is {path}, which is not there: give a Python interpreter")
         result = bench.run_suite(
             self.suite, self.out, rounds=self.rounds, seconds=self.seconds, cases=self.cases,
             device=rt.setup(self.device).device.type, variants=self.variants, pythons=pythons,

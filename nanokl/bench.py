@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 
 from nanokl import UserError, __version__
-from nanokl.metrics import duration, machine, write_json
+from nanokl.metrics import machine, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = tuple(sorted(p.stem.removeprefix("bench_") for p in Path(__file__).parent.glob("bench_*")))
@@ -133,6 +133,14 @@ class Worker(contextlib.AbstractContextManager):
     def works(self) -> bool:
         return not {"skipped", "failed"} & set(self.row)
 
+    def settle(self) -> str:
+        """Waits until it is set up, and has it measure memory; says how it is."""
+        self.row |= self.ask()
+        if self.works:
+            answer = self.ask("memory")
+            self.row |= {"memory_bytes": answer.pop("bytes", None), **answer}
+        return self.row.get("skipped") or self.row.get("failed") or "ready"
+
     def ask(self, run: str | None = None) -> dict:
         """Its next answer, after one run ("time", "memory") if that is asked for."""
         timer = threading.Timer(TIMEOUT, self.process.kill)
@@ -160,18 +168,8 @@ class Worker(contextlib.AbstractContextManager):
         self.process.stdout.close()
 
 
-def measure_case(workers: Sequence[Worker], rounds: int, seconds: float, tell: Callable) -> None:
-    """Fills the workers' rows: set up and memory of each, then `rounds` times all in turn.
-
-    Once these have taken `seconds`, no third or later round begins.
-    """
-    for worker in workers:
-        worker.row |= worker.ask()
-        if worker.works:
-            answer = worker.ask("memory")
-            worker.row |= {"memory_bytes": answer.pop("bytes", None), **answer}
-        state = worker.row.get("skipped") or worker.row.get("failed") or "ready"
-        tell(f"  {worker.row['name']}: {state}")
+def run_rounds(workers: Sequence[Worker], rounds: int, seconds: float) -> None:
+    """Times the workers in turn, `rounds` times; no third or later round begins after `seconds`."""
     start = time.monotonic()
     for number in range(rounds):
         if number >= 2 and time.monotonic() - start > seconds:
@@ -181,7 +179,6 @@ def measure_case(workers: Sequence[Worker], rounds: int, seconds: float, tell: C
                 answer = worker.ask("time")
                 worker.row["seconds"] += [answer.pop("seconds")] if "seconds" in answer else []
                 worker.row |= answer
-    tell(f"  timed in {duration(time.monotonic() - start)}")
 
 
 # ratio = median over rounds of (seconds per unit of the variant / those of the first variant)
@@ -258,7 +255,8 @@ def run_suite(suite: str, out: Path, *, rounds: int = 5, seconds: float = 60.0,
                 python = (pythons or {}).get(home) or sys.executable
                 worker = Worker(python, suite, {**case, "device": device}, name, log)
                 workers.append(stack.enter_context(worker))
-            measure_case(workers, rounds, seconds, tell)
+                tell(f"  {name}: {worker.settle()}")  # one by one: some look for their best setting
+            run_rounds(workers, rounds, seconds)
         rows = [worker.row for worker in workers]
         compare(rows)
         result["cases"].append({"case": case, "variants": rows})

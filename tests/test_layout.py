@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 RANK = {
     "tokenizer": 0, "transformer": 0, "logprob": 0, "optim": 0, "runtime": 0, "checkpoint": 0,
     "metrics": 0, "figures": 0, "ngrams": 0, "data": 1, "judgements": 1, "training": 1, "gpt": 1,
-    "bert": 1, "generate": 1, "report": 1, "bench": 1, "corpus": 2,
+    "bert": 1, "generate": 1, "report": 1, "bench": 1, "corpus": 2, "bench_logprob": 2,
     "agreement": 2, "reward": 2, "ppo": 3, "evaluation": 4, "__main__": 4,
 }  # fmt: skip
 MODULES = sorted((ROOT / "nanokl").glob("*.py"))
