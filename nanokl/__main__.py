@@ -104,6 +104,7 @@ class Bench:
     cases: tuple[str, ...] = ()  # only these
     variants: tuple[str, ...] = ()  # only these
     device: str = "auto"  # auto, cpu or cuda
+    data: Path = Path("data/shakespeare")  # filled by its prepare.py; for bpe also a text file
     peers: Path = Path(".venv/peers/bin/python")  # a Python with transformers, trl, liger-kernel
     peers_ppo: Path = Path(".venv/peers-ppo/bin/python")  # one with trl 1.9, which has PPOTrainer
 
@@ -121,8 +122,9 @@ class Bench:
         result = bench.run_suite(
             self.suite, self.out, rounds=self.rounds, seconds=self.seconds, cases=self.cases,
             device=rt.setup(self.device).device.type, variants=self.variants, pythons=pythons,
-            tell=lambda line: print(line, file=sys.stderr, flush=True))
+            data=self.data, tell=lambda line: print(line, file=sys.stderr, flush=True))
         print(bench.table(result))
+        bench.finish_suite(result, self.out)
 
 
 def main() -> None:

@@ -3,9 +3,10 @@
 A suite is a module nanokl/bench_SUITE.py that has
     CASES        ({"name": ..., ...}, ...): the shapes, in types of JSON. Three keys are read here:
                  "device": only there; "variants": only these; "extra": only when asked for by name
-    VARIANTS     {name: set_up(case) -> Ready}, nanokl's own first; case["device"] is where to run
+    VARIANTS     {name: set_up(case) -> Ready}, nanokl's own first. case["device"] is where to run,
+                 case["data"] the folder of a corpus
     ENVIRONMENT  {variant: "peers" or "peers_ppo"}: whose Python runs it. Not given: this one
-    finish       (result, folder) -> None, called at the end: a figure, say. Need not be there
+    finish       (result, folder) -> None, called after the table: a figure, say. Optional
 and a docstring that says what is compared and what makes it fair.
 
 Each variant has a fresh process, so that none profits or suffers from another's memory. Those of a
@@ -39,9 +40,9 @@ from nanokl.metrics import machine, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = tuple(sorted(p.stem.removeprefix("bench_") for p in Path(__file__).parent.glob("bench_*")))
-PACKAGES = ("torch", "numpy", "tiktoken", "transformers", "trl", "liger-kernel", "tokenizers",
-            "triton")  # fmt: skip
+PACKAGES = ("torch", "numpy", "tiktoken", "transformers", "trl", "liger-kernel", "tokenizers")
 TIMEOUT = 900.0  # seconds that one answer may take
+SLOW = 3.0  # a ratio that need not be known to the last percent
 
 
 @dataclass
@@ -95,6 +96,7 @@ def _memory(ready: Ready, device: str) -> dict:
     """Peak of one run beyond what was there before it and what everyone returns; None: unknown."""
     gc.collect()
     if device == "cuda":
+        torch.cuda.empty_cache()  # of the set-up: there are other workers on this GPU
         torch.cuda.reset_peak_memory_stats()
         before, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
     else:
@@ -153,9 +155,8 @@ class Worker(contextlib.AbstractContextManager):
             line = ""
         finally:
             timer.cancel()
-        if not line:
-            return {"failed": f"its process ended with status {self.process.wait()}"}
-        return json.loads(line)
+        return json.loads(line) if line else {
+            "failed": f"its process ended with status {self.process.wait()}"}
 
     def __exit__(self, *_) -> None:
         with contextlib.suppress(BrokenPipeError):
@@ -169,13 +170,17 @@ class Worker(contextlib.AbstractContextManager):
 
 
 def run_rounds(workers: Sequence[Worker], rounds: int, seconds: float) -> None:
-    """Times the workers in turn, `rounds` times; no third or later round begins after `seconds`."""
+    """Times the workers in turn, `rounds` times; no third or later round begins after `seconds`.
+
+    Who takes more than SLOW times as long as the first is timed twice, and no more.
+    """
     start = time.monotonic()
     for number in range(rounds):
         if number >= 2 and time.monotonic() - start > seconds:
             break
+        compare([worker.row for worker in workers])
         for worker in workers:
-            if worker.works:
+            if worker.works and (number < 2 or worker.row.get("ratio", 1.0) <= SLOW):
                 answer = worker.ask("time")
                 worker.row["seconds"] += [answer.pop("seconds")] if "seconds" in answer else []
                 worker.row |= answer
@@ -217,7 +222,8 @@ def _cells(row: dict) -> list[str]:
     t, memory = row["seconds_median"], row.get("memory_bytes")
     return [row["name"], ratio, f"{t:.3g} s" if t >= 1 else f"{1e3 * t:.3g} ms",
             f"{row['units_per_second']:,.4g}", "" if memory is None else f"{memory / 2**20:,.0f}",
-            ", ".join(f"{name} {value:.2g}" for name, value in row["check"].items())]
+            ", ".join(f"{name} {value:.{4 if abs(value) >= 1 else 2}g}"
+                      for name, value in row["check"].items())]
 
 
 def _named(what: str, known: Sequence[str], wanted: Sequence[str]) -> None:
@@ -226,9 +232,16 @@ def _named(what: str, known: Sequence[str], wanted: Sequence[str]) -> None:
             raise UserError(f"there is no {what} {name!r}: choose of {', '.join(known)}")
 
 
+def _variants(module, case: dict, wanted: Sequence[str]) -> list[str]:
+    """The variants of a case, in the suite's order, that are wanted; all where nothing is."""
+    return [name for name in module.VARIANTS if name in case.get("variants", [name])
+            and (not wanted or name in wanted)]
+
+
 def run_suite(suite: str, out: Path, *, rounds: int = 5, seconds: float = 60.0,
               device: str = "cpu", cases: Sequence[str] = (), variants: Sequence[str] = (),
-              pythons: dict[str, str | None] | None = None, tell: Callable = str) -> dict:
+              data: Path = ROOT / "data" / "shakespeare", pythons: dict[str, str] | None = None,
+              tell: Callable = str) -> dict:
     """Measures the suite's cases and writes OUT/SUITE.json; what workers say is in OUT/SUITE.log.
 
     `pythons`: the interpreter of each environment. `tell` gets a line at each step.
@@ -237,23 +250,27 @@ def run_suite(suite: str, out: Path, *, rounds: int = 5, seconds: float = 60.0,
     module = importlib.import_module(f"nanokl.bench_{suite}")
     _named("case", [case["name"] for case in module.CASES], cases)
     _named("variant", list(module.VARIANTS), variants)
-    chosen = [case for case in module.CASES if case.get("device", device) == device
-              and (case["name"] in cases if cases else not case.get("extra"))]
+    chosen = [(case, names) for case in module.CASES if case.get("device", device) == device
+              and (case["name"] in cases if cases else not case.get("extra"))
+              and (names := _variants(module, case, variants))]
+    if not chosen:
+        raise UserError(f"nothing of {suite} is for {device} and these cases and variants: "
+                        "give fewer of these flags")
     result = {"suite": suite, "version": __version__, "machine": machine(), "device": device,
               "date": datetime.now(timezone.utc).isoformat(" ", "seconds"), "commit": commit(),
               "rounds": rounds, "cases": []}
+    place = {"device": device, "data": str(data.absolute())}
     out.mkdir(parents=True, exist_ok=True)
     log = out / f"{suite}.log"
     log.write_text("")
-    for case in chosen:
+    for case, names in chosen:
         tell(f"{suite} {case['name']}")
-        wanted = [name for name in module.VARIANTS if name in case.get("variants", [name])]
         with contextlib.ExitStack() as stack:
             workers = []
-            for name in (n for n in wanted if not variants or n in variants):
+            for name in names:
                 home = getattr(module, "ENVIRONMENT", {}).get(name)
                 python = (pythons or {}).get(home) or sys.executable
-                worker = Worker(python, suite, {**case, "device": device}, name, log)
+                worker = Worker(python, suite, {**case, **place}, name, log)
                 workers.append(stack.enter_context(worker))
                 tell(f"  {name}: {worker.settle()}")  # one by one: some look for their best setting
             run_rounds(workers, rounds, seconds)
@@ -261,9 +278,13 @@ def run_suite(suite: str, out: Path, *, rounds: int = 5, seconds: float = 60.0,
         compare(rows)
         result["cases"].append({"case": case, "variants": rows})
         write_json(out / f"{suite}.json", result)  # after each case: an interrupt keeps the others
-    if hasattr(module, "finish"):
-        module.finish(result, out)
     return result
+
+
+def finish_suite(result: dict, out: Path) -> None:
+    """What the suite does with its result beyond the table, if anything."""
+    module = importlib.import_module(f"nanokl.bench_{result['suite']}")
+    getattr(module, "finish", lambda *_: None)(result, out)
 
 
 def commit() -> str:

@@ -217,7 +217,7 @@ def _products(forwards: int, case: dict) -> Ready:
     """Only what must be multiplied: z = h W^T (once or twice), dz W, dz^T h, in ready memory."""
     x = Work(case)
     h, w = x.h.detach(), x.w.detach().to(x.dtype)
-    z, dh, dw = (torch.empty(len(a), b, dtype=x.dtype, device=x.device)
+    z, dh, dw = (torch.ones(len(a), b, dtype=x.dtype, device=x.device)
                  for a, b in ((h, len(w)), (h, h.shape[1]), (w, h.shape[1])))
 
     def run() -> None:
