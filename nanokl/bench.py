@@ -261,8 +261,7 @@ def run_suite(suite: str, out: Path, *, rounds: int = 5, seconds: float = 60.0,
               "rounds": rounds, "cases": []}
     place = {"device": device, "data": str(data.absolute())}
     out.mkdir(parents=True, exist_ok=True)
-    log = out / f"{suite}.log"
-    log.write_text("")
+    (log := out / f"{suite}.log").write_text("")
     for case, names in chosen:
         tell(f"{suite} {case['name']}")
         with contextlib.ExitStack() as stack:
