@@ -1,6 +1,7 @@
 # PY=python3 make test         use an interpreter that has the packages; else .venv is made here
 # make bert BERT="--steps 9000" other flags for a stage: GPT, BERT, REWARD, PPO (in a new RUN)
 # make reward RUN=runs/mine    another folder for the outcome
+# make bench SUITES=bpe BENCH="--rounds 9"   other suites and flags; SHAKESPEARE=FILE: a local copy
 
 ifndef PY
 PY := .venv/bin/python
@@ -25,6 +26,8 @@ REWARD_tiny := --steps 20 --eval_every 10 --n_samples 128
 PPO_demo := --steps 40
 PPO_main := $(PPO_demo)
 PPO_tiny := --steps 2 --batch 32 --minibatch 16 --n_eval 64
+SUITES ?= bpe logprob scaling
+BENCH ?= --rounds 5 --seconds 15
 GPT ?= $(GPT_$(BUDGET))
 BERT ?= $(BERT_$(BUDGET))
 REWARD ?= $(REWARD_$(BUDGET))
@@ -34,7 +37,7 @@ PPO ?= $(PPO_$(BUDGET))
 go_on = $(if $(wildcard $(RUN)/$(1)/last/state.pt),--resume)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint check demo data pretrain bert reward rlhf report results clean
+.PHONY: help setup test lint check demo data pretrain bert reward rlhf report results bench clean
 
 help: ## 0    this list
 	@echo "Minutes on a 2-core x86-64 CPU with AMX, 2026-11, after setup; a stage with what it needs:"
@@ -88,6 +91,22 @@ results: $(VENV) ## 34   the README's table: demo, 4 more PPO seeds, the main ru
 	rm -rf runs/seeds
 	for seed in 1 2 3 4; do $(PY) train_rlhf.py ppo --data $(DATA) --policy runs/demo/gpt --reward runs/demo/reward --out runs/seeds/$$seed $(PPO_demo) --seed $$seed || exit; done
 	$(MAKE) report
+
+# What nanokl is measured against lives in environments of its own: it is no dependency. The last
+# trl that has PPOTrainer is 1.9.
+peers := transformers==5.23.0 liger-kernel==0.8.5 trl==1.16.0
+peers-ppo := transformers==5.23.0 trl==1.9.0
+.venv/%/ready: constraints.txt pyproject.toml
+	$(SYSTEM_PYTHON) -m venv .venv/$*
+	.venv/$*/bin/python -m pip install -q --disable-pip-version-check -e . $($*) -c constraints.txt
+	touch $@
+
+data/shakespeare/meta.json: data/shakespeare/prepare.py | $(VENV)
+	$(PY) data/shakespeare/prepare.py $(SHAKESPEARE)
+	touch $@
+
+bench: $(VENV) .venv/peers/ready .venv/peers-ppo/ready data/shakespeare/meta.json ## 20   nanokl beside its peers: tables, and numbers in runs/bench
+	for suite in $(SUITES); do $(PY) -m nanokl bench $$suite $(BENCH) || exit; done
 
 clean: ## 0    remove runs/ and the prepared data, keep .venv
 	rm -rf runs data/*/*.bin data/*/*.json data/*/*.jsonl

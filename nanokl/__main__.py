@@ -1,13 +1,14 @@
-"""Use what was trained: python -m nanokl {sample,fill-mask,score,report}."""
+"""Use what was trained, and measure: python -m nanokl {sample,fill-mask,score,report,bench}."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from nanokl import UserError, bert, checkpoint, require_positive
+from nanokl import UserError, bench, bert, checkpoint, require_positive
 from nanokl import runtime as rt
 from nanokl.generate import generate
 from nanokl.gpt import GPT
@@ -92,8 +93,43 @@ class Report:
               f"numbers: {self.run / 'summary.json'}  report: {path}")
 
 
+@dataclass
+class Bench:
+    """nanokl beside its peers at the same work: a table of ratios, and OUT/SUITE.json."""
+
+    suite: Annotated[str, tyro.conf.Positional]  # logprob, bpe, ... : a file nanokl/bench_SUITE.py
+    out: Path = Path("runs/bench")  # folder to write to
+    rounds: int = 5  # how often each variant runs
+    seconds: float = 60.0  # per case: once it has taken these, no third or later round begins
+    cases: tuple[str, ...] = ()  # only these
+    variants: tuple[str, ...] = ()  # only these
+    device: str = "auto"  # auto, cpu or cuda
+    data: Path = Path("data/shakespeare")  # filled by its prepare.py; for bpe also a text file
+    peers: Path = Path(".venv/peers/bin/python")  # a Python with transformers, trl, liger-kernel
+    peers_ppo: Path = Path(".venv/peers-ppo/bin/python")  # one with trl 1.9, which has PPOTrainer
+
+    def __call__(self) -> None:
+        require_positive(self, "rounds", "seconds")
+        if self.device == "mps":
+            raise UserError("device is 'mps', where nothing is measured: choose auto, cpu or cuda")
+        pythons = {}
+        for name, default in (("peers", Bench.peers), ("peers_ppo", Bench.peers_ppo)):
+            path = getattr(self, name)
+            if path.exists():
+                pythons[name] = str(path.absolute())
+            elif path != default:
+                raise UserError(f"{name} is {path}, which is not there: give a Python interpreter")
+        result = bench.run_suite(
+            self.suite, self.out, rounds=self.rounds, seconds=self.seconds, cases=self.cases,
+            device=rt.setup(self.device).device.type, variants=self.variants, pythons=pythons,
+            data=self.data, tell=lambda line: print(line, file=sys.stderr, flush=True))
+        print(bench.table(result))
+        bench.finish_suite(result, self.out)
+
+
 def main() -> None:
-    commands = {"sample": Sample, "fill-mask": FillMask, "score": Score, "report": Report}
+    commands = {"sample": Sample, "fill-mask": FillMask, "score": Score, "report": Report,
+                "bench": Bench}
     rt.parse_flags(commands, prog="python -m nanokl", description=__doc__)()
 
 

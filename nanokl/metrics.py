@@ -39,6 +39,14 @@ def duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds))) if math.isfinite(seconds) else "?"
 
 
+def machine() -> str:
+    """What computes here, in words."""
+    gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+    parts = [platform.system(), platform.machine(), f"{os.cpu_count()} CPU cores", *gpu,
+             f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    return ", ".join(parts)
+
+
 def _plain(obj):
     """obj in the types of JSON: tensors and arrays become lists, paths text, NaN and Inf None."""
     text = json.dumps(obj, default=lambda x: x.tolist() if hasattr(x, "tolist") else os.fspath(x))
@@ -161,10 +169,7 @@ class Log(contextlib.AbstractContextManager):
         if not self.is_main:
             return
         wall = round(time.monotonic() - self.start, 3)
-        gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
-        parts = [platform.system(), platform.machine(), f"{os.cpu_count()} CPU cores", *gpu,
-                 f"Python {platform.python_version()}", f"torch {torch.__version__}"]
-        about = {"wall_seconds": wall, "version": __version__, "machine": ", ".join(parts),
+        about = {"wall_seconds": wall, "version": __version__, "machine": machine(),
                  "date": datetime.now(timezone.utc).isoformat(" ", "seconds")}
         with contextlib.suppress(ImportError):  # no such module on Windows
             import resource

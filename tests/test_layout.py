@@ -14,12 +14,15 @@ ROOT = Path(__file__).parent.parent
 RANK = {
     "tokenizer": 0, "transformer": 0, "logprob": 0, "optim": 0, "runtime": 0, "checkpoint": 0,
     "metrics": 0, "figures": 0, "ngrams": 0, "data": 1, "judgements": 1, "training": 1, "gpt": 1,
-    "bert": 1, "generate": 1, "report": 1, "throughput": 1, "corpus": 2, "agreement": 2,
-    "reward": 2, "ppo": 3, "evaluation": 4, "__main__": 4,
+    "bert": 1, "generate": 1, "report": 1, "throughput": 1, "bench": 1, "ngram_embedding": 0,
+    "corpus": 2, "agreement": 2, "bench_logprob": 2, "bench_bpe": 2, "bench_generate": 2,
+    "bench_pretrain": 2, "reward": 2, "ppo": 3, "bench_scaling": 3, "bench_ppo": 4,
+    "bench_objective": 5, "evaluation": 4, "__main__": 4,
 }  # fmt: skip
 MODULES = sorted((ROOT / "nanokl").glob("*.py"))
 SCRIPTS = [ROOT / "train_pretrain.py", ROOT / "train_rlhf.py"]
 FILES = [*MODULES, *SCRIPTS, *sorted(ROOT.glob("data/*/prepare.py"))]
+PEERS = {"transformers", "trl", "liger_kernel", "tokenizers", "datasets"}
 TOP_LEVEL = {
     "nanokl", "data", "tests", "train_pretrain.py", "train_rlhf.py", "Makefile", "README.md",
     "pyproject.toml", "constraints.txt", "LICENSE", ".gitignore", ".ci",
@@ -70,7 +73,7 @@ def test_file_budget(path):
 
 def test_package_budget():
     total = sum(len(lines(p)) for p in MODULES)
-    assert total <= 4050, f"the package has {total} lines of 4,050"
+    assert total <= 5900, f"the package has {total} lines of 5,900"
     over = [p.name for p in MODULES if len(lines(p)) > 300]
     assert len(over) <= 1, f"over 300 lines: {over}"
 
@@ -113,7 +116,12 @@ def test_only_light_imports():
     """No framework: torch, numpy, tiktoken (regex), safetensors, tyro, matplotlib."""
     allowed = {"torch", "numpy", "tiktoken", "regex", "safetensors", "tyro", "matplotlib", "nanokl"}
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        # a benchmark may import what it measures against, inside a function: it need not be there
+        peer = path.parent.name == "nanokl" and path.name.startswith("bench_")
+        bodies = [f for f in ast.walk(tree) if peer and isinstance(f, ast.FunctionDef)]
+        inside = {id(node) for f in bodies for node in ast.walk(f)}
+        for node in ast.walk(tree):
             names = []
             if isinstance(node, ast.Import):
                 names = [a.name for a in node.names]
@@ -121,7 +129,8 @@ def test_only_light_imports():
                 names = [node.module]
             for name in names:
                 top = name.split(".")[0]
-                assert top in allowed or top in sys.stdlib_module_names, f"{path.name}: {name}"
+                known = allowed | PEERS if id(node) in inside else allowed
+                assert top in known or top in sys.stdlib_module_names, f"{path.name}: {name}"
 
 
 def test_readme_names_every_file():

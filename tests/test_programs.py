@@ -248,6 +248,7 @@ def test_sample_fill_mask_score(python, demo):
     "train_pretrain.py", "train_pretrain.py gpt", "train_pretrain.py bert", "train_rlhf.py",
     "train_rlhf.py reward", "train_rlhf.py ppo", "-m nanokl", "-m nanokl sample",
     "-m nanokl fill-mask", "-m nanokl score", "-m nanokl report",
+    "-m nanokl bench",
 ])  # fmt: skip
 def test_help(python, command):
     done = python.ok(*command.split(), "--help")
