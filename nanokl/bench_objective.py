@@ -1,0 +1,99 @@
+"""What equal episodes are worth: E[r] - beta KL(policy || ref) after nanokl and TRL have trained.
+
+All start from the same random weights (a small GPT-2-shaped model whose next-token distributions
+are uneven), with the same rule as reward, the same beta and the same number of episodes, in
+batches of 64 with 4 epochs of updates on each, in float32, one seed a case. What is left is each
+one's own default, but for the learning rate, which was chosen for each among 1e-4, 3e-4, 1e-3,
+3e-3 and 1e-2 at seed 9: `RATES`. nanokl lowers its rate as `train_rlhf.py ppo` does, TRL linearly
+to 0; RLOOTrainer makes two responses a prompt.
+
+The judge belongs to none of them. It reads the trained weights in GPT-2's layout, runs them and the
+first ones through `plain_logits` in float64, draws each token from the whole distribution by a full
+forward pass, and sums the exact KL of the next-token distributions along its samples.
+
+check is no error here: it is the objective J with its standard error, of the reference as well, and
+J's two parts. The time is that of an iteration on one thread: all of a case train side by side.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from nanokl import runtime as rt
+from nanokl.bench import Ready
+from nanokl.bench_generate import gpt2_shaped, gpt2_weights, plain_logits
+from nanokl.bench_ppo import nanokl_ppo, prompts, rule, trl_ppo, trl_rloo
+from nanokl.gpt import GPT
+from nanokl.metrics import mean_se
+
+SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 64, "vocab_size": 64, "block_size": 16}
+CASES = tuple(
+    {"name": f"seed {seed}", "model": SHAPE, "prompt": 4, "new": 8, "batch": 64, "epochs": 4,
+     "beta": 0.1, "iterations": 100, "seed": seed, "samples": 512, "device": "cpu"}
+    for seed in range(3)
+)  # fmt: skip
+RATES = {"nanokl": 1e-3, "PPOTrainer": 1e-3, "RLOOTrainer": 1e-3}
+
+
+def reference(case: dict) -> GPT:
+    """Matrices eight times the usual: 4.7 nats a token of at most 5.5, and the context matters."""
+    model = gpt2_shaped(case["model"])
+    with torch.no_grad():
+        for p in (p for p in model.parameters() if p.ndim == 2):
+            p.mul_(8)
+    return model
+
+
+@torch.no_grad()
+def judge(policy: dict[str, Tensor], ref: dict[str, Tensor], case: dict) -> tuple[Tensor, Tensor]:
+    """Reward and KL, nats a sequence, of fresh samples of the policy: (n,) each, float64."""
+    rng = rt.generator(case["seed"], "judge")
+    n, H = case["samples"], case["model"]["n_head"]
+    pool = prompts(case)
+    idx = pool[torch.randint(len(pool), (n,), generator=rng)]
+    kl = torch.zeros(n, dtype=torch.float64)
+    for _ in range(case["new"]):
+        logp, logp_ref = (plain_logits(w, idx, H)[:, -1].log_softmax(-1) for w in (policy, ref))
+        kl += (logp.exp() * (logp - logp_ref)).sum(-1)
+        idx = torch.cat([idx, torch.multinomial(logp.exp(), 1, generator=rng)], dim=1)
+    return rule(idx, case).double(), kl
+
+
+def verdict(policy: dict[str, Tensor], ref: dict[str, Tensor], case: dict) -> dict[str, float]:
+    """J of the policy with its standard error, its parts, and J of the reference: its reward."""
+    score, kl = judge(policy, ref, case)
+    J, se = mean_se(score - case["beta"] * kl)
+    return {"J": J, "se": se, "reward": score.mean().item(), "KL": kl.mean().item(),
+            "J of ref": judge(ref, ref, case)[0].mean().item()}
+
+
+def weights_of(policy: nn.Module) -> dict[str, Tensor]:
+    """A policy's weights in GPT-2's layout, whoever trained it."""
+    if isinstance(policy, GPT):
+        return gpt2_weights(policy)
+    return {k: x.detach() for k, x in policy.state_dict().items() if k != "lm_head.weight"}
+
+
+def variant(name: str, make: Callable, **flags) -> Callable[[dict], Ready]:
+    """Trains and has the judge look at it; what is timed is an iteration of a run of its own."""
+    def set_up(case: dict) -> Ready:
+        torch.set_num_threads(1)
+        ref = reference(case)
+        first = {k: x.clone() for k, x in gpt2_weights(ref).items()}
+        flags.update(reward=lambda idx: rule(idx, case), lr=case.get("lr", RATES[name]))
+        policy, run = make(case, ref, seed=case["seed"], steps=case["iterations"], **flags)
+        for _ in range(case["iterations"]):
+            run()
+        check = verdict(weights_of(policy), first, case)
+        return Ready(make(case, ref, **flags)[1], case["batch"], "episode", check)
+
+    return set_up
+
+
+VARIANTS = {
+    "nanokl": variant("nanokl", nanokl_ppo, dtype="float32"),
+    "PPOTrainer": variant("PPOTrainer", trl_ppo, bf16=False),
+    "RLOOTrainer": variant("RLOOTrainer", trl_rloo, bf16=False),
+}
+ENVIRONMENT = {"PPOTrainer": "peers_ppo", "RLOOTrainer": "peers"}
