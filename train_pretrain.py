@@ -57,6 +57,7 @@ class Pretrain:
     seed: int = 0  # of weights, order and masks
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "auto"  # auto, float32 or bfloat16
+    compile: bool = False  # torch.compile the model: minutes at the start, then faster on a GPU
 
     def __post_init__(self):
         require_positive(self, "lr", "muon_lr", "steps", "batch_size", "eval_every", "log_every",
@@ -209,7 +210,8 @@ def pretrain(flags: Pretrain) -> None:
     if training.open_run(flags, runtime):
         state = training.load_last(flags.out, core, optimizers, tokenizer=tokenizer)
         start, best, seen = state["step"], state["best"], state.get("tokens_seen", math.nan)
-    model, meter = runtime.wrap(core), throughput.Meter(core, runtime, seen)
+    model = runtime.wrap(torch.compile(core) if flags.compile else core)
+    meter = throughput.Meter(core, runtime, seen)
     log = metrics.Log(flags.out, total=flags.steps, unit="step", is_main=runtime.is_main,
                       resume_step=start)
     # 2. Gradient steps; now and then a validation pass. The best and the last model are kept.

@@ -1,8 +1,9 @@
 """Side by side: nanokl and its peers at the same work, on this machine, in turn.
 
 A suite is a module nanokl/bench_SUITE.py that has
-    CASES        ({"name": ..., ...}, ...): the shapes, in types of JSON. Three keys are read here:
-                 "device": only there; "variants": only these; "extra": only when asked for by name
+    CASES        ({"name": ..., ...}, ...): the shapes, in types of JSON. Four keys are read here:
+                 "device": only there; "variants": only these; "extra": only when asked for by name;
+                 "whole": a run is a whole program, timed once; its memory is not looked at
     VARIANTS     {name: set_up(case) -> Ready}, nanokl's own first. case["device"] is where to run,
                  case["data"] the folder of a corpus
     ENVIRONMENT  {variant: "peers" or "peers_ppo"}: whose Python runs it. Not given: this one
@@ -49,7 +50,8 @@ SLOW = 3.0  # a ratio that need not be known to the last percent
 class Ready:
     """A variant that is set up, and has shown how right it is."""
 
-    run: Callable[[], object]  # the timed work; what it returns is held until memory is read
+    run: Callable[[], object]  # the timed work; what it returns is held until memory is read, and
+    # is the check where it is a dict
     units: float  # of work in one run
     unit: str  # such as "token" or "episode"
     check: dict[str, float]  # errors against an oracle, by name
@@ -88,8 +90,7 @@ def _time(ready: Ready, device: str) -> dict:
     held = ready.run()
     wait()
     seconds = time.perf_counter() - start
-    del held
-    return {"seconds": seconds}
+    return {"seconds": seconds, **({"check": held} if isinstance(held, dict) else {})}
 
 
 def _memory(ready: Ready, device: str) -> dict:
@@ -135,10 +136,10 @@ class Worker(contextlib.AbstractContextManager):
     def works(self) -> bool:
         return not {"skipped", "failed"} & set(self.row)
 
-    def settle(self) -> str:
+    def settle(self, *, memory: bool = True) -> str:
         """Waits until it is set up, and has it measure memory; says how it is."""
         self.row |= self.ask()
-        if self.works:
+        if self.works and memory:
             answer = self.ask("memory")
             self.row |= {"memory_bytes": answer.pop("bytes", None), **answer}
         return self.row.get("skipped") or self.row.get("failed") or "ready"
@@ -271,8 +272,9 @@ def run_suite(suite: str, out: Path, *, rounds: int = 5, seconds: float = 60.0,
                 python = (pythons or {}).get(home) or sys.executable
                 worker = Worker(python, suite, {**case, **place}, name, log)
                 workers.append(stack.enter_context(worker))
-                tell(f"  {name}: {worker.settle()}")  # one by one: some look for their best setting
-            run_rounds(workers, rounds, seconds)
+                # one by one: some look for their best setting
+                tell(f"  {name}: {worker.settle(memory=not case.get('whole'))}")
+            run_rounds(workers, 1 if case.get("whole") else rounds, seconds)
         rows = [worker.row for worker in workers]
         compare(rows)
         result["cases"].append({"case": case, "variants": rows})

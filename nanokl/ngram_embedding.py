@@ -28,10 +28,15 @@ def ngram_keys(idx: Tensor, n: int, vocab_size: int) -> Tensor:
 
 def frequent_ngrams(tokens: np.ndarray, longest: int, vocab_size: int, *,
                     least: int = 2) -> list[Tensor]:
-    """Sorted keys of the n-grams that occur `least` times in tokens (N,), for n = 2 to longest."""
+    """Sorted keys of the n-grams that occur `least` times in tokens (N,), for n = 2 to longest.
+
+    Fewer lists where no n-gram of some length does.
+    """
     idx, found = torch.from_numpy(tokens[:COUNTED].astype(np.int64)), []
     for n in range(2, longest + 1):
         keys, counts = ngram_keys(idx, n, vocab_size).unique(return_counts=True)
+        if not (counts >= least).any():
+            break  # nor does a longer one
         found.append(keys[counts >= least])
     return found
 
