@@ -228,9 +228,8 @@ def _cells(row: dict) -> list[str]:
 
 
 def _named(what: str, known: Sequence[str], wanted: Sequence[str]) -> None:
-    for name in wanted:
-        if name not in known:
-            raise UserError(f"there is no {what} {name!r}: choose of {', '.join(known)}")
+    if unknown := [name for name in wanted if name not in known]:
+        raise UserError(f"there is no {what} {unknown[0]!r}: choose of {', '.join(known)}")
 
 
 def _variants(module, case: dict, wanted: Sequence[str]) -> list[str]:
