@@ -24,6 +24,7 @@ class GPTConfig(TransformerConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self.ngram_rows = tuple(self.ngram_rows)  # JSON has lists only
         if not 0.0 <= self.ngram_dropout < 1.0:
             raise UserError(f"ngram_dropout is {self.ngram_dropout}: give 0 <= ngram_dropout < 1")
 

@@ -271,13 +271,12 @@ class Transformer(nn.Module):
         pos = cache.pos if cache is not None else 0
         assert pos + T <= self.config.block_size, f"{pos + T} tokens > {self.config.block_size}"
         assert mask is None or cache is None, "a cache takes no padding mask"
-        if cache is not None:
-            cache.idx[:, pos : pos + T] = idx
         x = self.embed(idx, segment, extra, pos)
         rotary = self.rotary[pos : pos + T] if self.config.position == "rotary" else None
         attention_mask = self._attention_mask(mask, T, pos)
         for block in self.blocks:
             x = block(x, attention_mask, rotary, cache)
         if cache is not None:
+            cache.idx[:, pos : pos + T] = idx
             cache.pos += T
         return self.norm_final(x) if self.config.norm_first else x

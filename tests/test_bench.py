@@ -27,6 +27,12 @@ def python(tmp_path_factory) -> Python:
     return Python(ROOT, tmp_path_factory.mktemp("logs"))
 
 
+@pytest.fixture(autouse=True)
+def untuned(monkeypatch):
+    """Set-ups run in this process here: it keeps its denormals and its allocator."""
+    monkeypatch.setattr("nanokl.runtime._tune_cpu", lambda: None)
+
+
 @pytest.fixture
 def text_file(tmp_path) -> Path:
     path = tmp_path / "text.txt"
@@ -247,9 +253,10 @@ def test_bpe_sees_a_merge_that_is_not_the_most_frequent():
 
 
 def test_bpe_puts_a_data_folder_together_again(tmp_path):
-    from nanokl.corpus import Corpus, holdout, prepare_corpus
+    from nanokl.corpus import Corpus, prepare_corpus
 
-    prepare_corpus(tmp_path / "data", lambda: Corpus(holdout([TEXT])), settings={}, level="char")
+    corpus = Corpus({"train": [TEXT[:999]], "val": [TEXT[999:]]})
+    prepare_corpus(tmp_path / "data", lambda: corpus, settings={}, level="char")
     assert bench_bpe._text(str(tmp_path / "data")) == TEXT
 
 

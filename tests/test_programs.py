@@ -356,7 +356,8 @@ def same_run(a: Path, b: Path) -> None:
 
 
 RESUMED = {
-    "gpt": (signal.SIGTERM, 143, 12, ["--steps", 60, "--eval_every", 25, "--dropout", 0.1]),
+    "gpt": (signal.SIGTERM, 143, 12, ["--steps", 60, "--eval_every", 25, "--dropout", 0.1,
+                                      "--ngrams", 3]),
     "bert": (signal.SIGINT, 130, 7, ["--steps", 40, "--eval_every", 30, "--log_every", 2]),
     "reward": (signal.SIGINT, 130, 7, ["--steps", 40, "--eval_every", 10, "--patience", 1]),
     "ppo": (signal.SIGTERM, 143, 3, ["--steps", 10, "--kl_target", 0.01, "--save_every", 4,
