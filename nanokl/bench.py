@@ -51,11 +51,10 @@ SLOW = 3.0  # a ratio that need not be known to the last percent
 class Ready:
     """A variant that is set up, and has shown how right it is."""
 
-    run: Callable[[], object]  # the timed work; what it returns is held until memory is read, and
-    # is the check where it is a dict
+    run: Callable[[], object]  # the timed work; its result is held until memory is read
     units: float  # of work in one run
     unit: str  # such as "token" or "episode"
-    check: dict[str, float]  # errors against an oracle, by name
+    check: dict[str, float]  # errors against an oracle, by name; a run may return another
     returned: int = 0  # bytes that every variant has to hand back, such as gradients
 
 
@@ -272,8 +271,8 @@ def run_suite(suite: str, out: Path, *, rounds: int = 5, seconds: float = 60.0,
                 python = (pythons or {}).get(home) or sys.executable
                 worker = Worker(python, suite, {**case, **place}, name, log)
                 workers.append(stack.enter_context(worker))
-                # one by one: some look for their best setting
-                tell(f"  {name}: {worker.settle(memory=not case.get('whole'))}")
+                state = worker.settle(memory=not case.get("whole"))
+                tell(f"  {name}: {state}")  # one by one: some look for their best setting
             run_rounds(workers, 1 if case.get("whole") else rounds, seconds)
         rows = [worker.row for worker in workers]
         compare(rows)
