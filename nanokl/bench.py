@@ -271,8 +271,7 @@ def run_suite(suite: str, out: Path, *, rounds: int = 5, seconds: float = 60.0,
                 python = (pythons or {}).get(home) or sys.executable
                 worker = Worker(python, suite, {**case, **place}, name, log)
                 workers.append(stack.enter_context(worker))
-                state = worker.settle(memory=not case.get("whole"))
-                tell(f"  {name}: {state}")  # one by one: some look for their best setting
+                tell(f"  {name}: {worker.settle(memory=not case.get('whole'))}")  # one by one
             run_rounds(workers, 1 if case.get("whole") else rounds, seconds)
         rows = [worker.row for worker in workers]
         compare(rows)
