@@ -258,7 +258,7 @@ def train_reward(flags: RewardFlags) -> None:
 def ppo_batch(stage: Stage, model, policy: GPT, optimizers, docs, step: int, beta: float) -> dict:
     """Rollouts, and the epochs of updates on them; the metrics describe the policy before."""
     # 1. Sample and score. 2. Measure under policy and reference, in the first epoch's minibatches.
-    flags, rng = stage.config, rt.generator(stage.seed, "ppo", step)
+    flags, rng, n = stage.config, rt.generator(stage.seed, "ppo", step), stage.runtime.world
     rollout, score = stage.rollouts(policy, stage.prompts(docs, flags.batch, rng), rng)
     minibatches = stage.minibatches(flags.batch, rng)
     x = ppo.collect(policy, stage.ref, rollout, score, minibatches, flags, stage.runtime, beta=beta)
@@ -272,7 +272,7 @@ def ppo_batch(stage: Stage, model, policy: GPT, optimizers, docs, step: int, bet
             infos.append({**info, "grad_norm": norm})
     # 4. The last update may have broken the policy, and what comes next may save it.
     with torch.no_grad():
-        loss, _ = ppo.minibatch_loss(policy, policy, x, rows, flags, stage.runtime)
+        loss, _ = ppo.minibatch_loss(policy, policy, x, rows[:n], flags, stage.runtime)
     training.check_finite(not stage.runtime.any(not loss.isfinite()), step, flags.out)
     kl = x.kl.sum(1).mean().item()
     means = {key: stage.runtime.mean(torch.stack([i[key] for i in infos]).mean()).item()

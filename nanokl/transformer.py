@@ -110,7 +110,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         rows, W = x.numel() // x.shape[-1], self.weight
-        x = x.to(W.dtype)
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(W.dtype)
         few = rows <= FEW_ROWS and W.numel() >= LARGE_WEIGHT and x.device.type == "cpu"
         if not few or torch.is_grad_enabled():
             return super().forward(x)
