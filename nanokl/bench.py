@@ -9,10 +9,11 @@ A suite is a module nanokl/bench_SUITE.py that has
     finish       (result, folder) -> None, called after the table: a figure, say. Optional
 and a docstring that says what is compared and what makes it fair.
 
-Each variant has a fresh process, so that none profits or suffers from another's memory. Those of a
-case live side by side and run one after the other, A B C A B C, so that a machine that slows down
-slows all of them; the ratio of two is taken within a round. The allocator is the machine's own for
-all: who wants another sets MALLOC_* or LD_PRELOAD for the whole program.
+Each variant has a fresh process, so that none profits from another's memory. Those of a case live
+side by side and run in turn, A B C A B C, so that a machine that slows down slows all of them; the
+ratio of two is taken within a round. All have the machine's own allocator; MALLOC_MMAP_MAX_=0 and
+MALLOC_TRIM_THRESHOLD_=2147483647 around the program have all of them keep memory, as nanokl's
+programs do: on a CPU that is faster, for who builds large tensors most of all.
 """
 
 import contextlib
@@ -227,9 +228,8 @@ def _cells(row: dict) -> list[str]:
 
 
 def _named(what: str, known: Sequence[str], wanted: Sequence[str]) -> None:
-    for name in wanted:
-        if name not in known:
-            raise UserError(f"there is no {what} {name!r}: choose of {', '.join(known)}")
+    if unknown := [name for name in wanted if name not in known]:
+        raise UserError(f"there is no {what} {unknown[0]!r}: choose of {', '.join(known)}")
 
 
 def _variants(module, case: dict, wanted: Sequence[str]) -> list[str]:
