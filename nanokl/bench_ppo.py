@@ -11,7 +11,8 @@ one, with what it sets up, is not timed. Saving, evaluation, reports and gradien
 off; what they compute for their log cannot be turned off, and is written once an iteration.
 PPOTrainer (TRL 1.9; later ones have none) has a critic of its own, of the policy's size, as in its
 examples, and a reward model, here the rule. RLOOTrainer has neither: two responses a prompt, its
-default. In bfloat16 all have float32 weights and autocast, as their own switch does it.
+default. In bfloat16 all have float32 weights and autocast, as their own switch does it; PPOTrainer
+still samples in float32 then.
 
 check: nats a token of the first iteration as the trainer logs them, against a float64 forward pass
 (`plain_logits`) over the tokens that the reward saw; episodes, tokens and updates that are missing.
