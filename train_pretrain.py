@@ -178,7 +178,7 @@ def build(flags: Pretrain, task, tokenizer: Tokenizer, runtime: rt.Runtime):
     ngrams, switches = [], {**task.presets[flags.preset]}
     if getattr(flags, "ngrams", 0):
         ngrams = frequent_ngrams(task.train.tokens, flags.ngrams, tokenizer.vocab_size)
-        switches |= {"ngram_rows": tuple(map(len, ngrams)), "ngram_dropout": flags.ngram_dropout}
+        switches |= {"ngram_rows": list(map(len, ngrams)), "ngram_dropout": flags.ngram_dropout}
     config = task.model.Config(
         vocab_size=tokenizer.vocab_size, block_size=flags.block_size, n_layer=flags.n_layer,
         n_head=flags.n_head, n_embd=flags.n_embd, dropout=flags.dropout, **switches)

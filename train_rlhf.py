@@ -300,7 +300,7 @@ def train_ppo(flags: PPOFlags) -> None:
                       for split in ("train", "val"))
     for texts in (docs, held_out):  # a split that has no prompts shows at once
         stage.prompts(texts, 1, rt.generator(flags.seed))
-    policy = ppo.make_policy(ref)
+    policy = ppo.make_policy(ref, critic_layers=flags.critic_layers)
     optimizers = optim.make_optimizers(policy, lr=flags.lr, muon_lr=flags.muon_lr,
                                        betas=(0.9, 0.95), dtype=runtime.dtype,
                                        weight_decay=flags.weight_decay)

@@ -47,15 +47,11 @@ TIMEOUT = 900.0  # seconds that one answer may take
 SLOW = 3.0  # a ratio that need not be known to the last percent
 
 
-class Told(dict):
-    """What a run returns that has something to tell: {"check": ...} for one."""
-
-
 @dataclass
 class Ready:
     """A variant that is set up, and has shown how right it is."""
 
-    run: Callable[[], object]  # the timed work; its result is held until memory is read
+    run: Callable[[], object]  # the timed work; what it returns is held until memory is read
     units: float  # of work in one run
     unit: str  # such as "token" or "episode"
     check: dict[str, float]  # errors against an oracle, by name
@@ -94,7 +90,7 @@ def _time(ready: Ready, device: str) -> dict:
     held = ready.run()
     wait()
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, **(held if isinstance(held, Told) else {})}
+    return {"seconds": seconds, **getattr(held, "told", {})}
 
 
 def _memory(ready: Ready, device: str) -> dict:

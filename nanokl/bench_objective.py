@@ -95,6 +95,7 @@ def variant(name: str, make: Callable, **flags) -> Callable[[dict], Ready]:
 
 VARIANTS = {
     "nanokl": variant("nanokl", nanokl_ppo, dtype="float32"),
+    "nanokl, shared critic": variant("nanokl", nanokl_ppo, dtype="float32", critic_layers=0),
     "PPOTrainer": variant("PPOTrainer", trl_ppo, bf16=False),
     "RLOOTrainer": variant("RLOOTrainer", trl_rloo, bf16=False),
 }

@@ -106,7 +106,8 @@ def prompts(case: dict) -> Tensor:
 
 
 def nanokl_ppo(case: dict, ref: GPT, reward: Callable[[Tensor], Tensor], *, dtype: str, lr: float,
-               seed: int = 0, steps: int = 10**6) -> tuple[GPT, Callable[[], dict]]:
+               seed: int = 0, steps: int = 10**6,
+               critic_layers: int = 2) -> tuple[GPT, Callable[[], dict]]:
     """The policy, and one iteration after the other, as `train_rlhf.py ppo` goes on."""
     import train_rlhf
 
@@ -117,7 +118,7 @@ def nanokl_ppo(case: dict, ref: GPT, reward: Callable[[Tensor], Tensor], *, dtyp
         max_prompt=case["prompt"] - 1, max_new_tokens=case["new"], seed=seed)
     score = lambda ids, _texts: reward(torch.tensor(ids, device=ref.head.weight.device))  # noqa: E731
     stage = FixedPrompts(flags, runtime, Ids(), ref.requires_grad_(False), score, seed)
-    policy = ppo.make_policy(ref)
+    policy = ppo.make_policy(ref, critic_layers=critic_layers)
     optimizers = optim.make_optimizers(policy, lr=lr, muon_lr=lr, betas=(0.9, 0.95),
                                        weight_decay=0.0, dtype=runtime.dtype)
     docs, step = prompts(case), itertools.count(1)
@@ -278,6 +279,7 @@ def _rloo(log: dict, _case: dict) -> float:
 
 VARIANTS = {
     "nanokl": variant(nanokl_ppo, _ours, dtype="auto"),
+    "nanokl, shared critic": variant(nanokl_ppo, _ours, dtype="auto", critic_layers=0),
     "nanokl float32": variant(nanokl_ppo, _ours, dtype="float32"),
     "PPOTrainer bfloat16": variant(trl_ppo, _ppo, True, bf16=True),
     "PPOTrainer float32": variant(trl_ppo, _ppo, True, bf16=False),

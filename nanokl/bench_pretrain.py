@@ -21,13 +21,14 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
 from nanokl import optim, throughput
 from nanokl import runtime as rt
-from nanokl.bench import ROOT, Ready, Told
+from nanokl.bench import ROOT, Ready
 from nanokl.data import Shard, eval_batches, lm_batch
 from nanokl.gpt import GPT, PRESETS, GPTConfig
 from nanokl.logprob import linear_logprob
@@ -55,14 +56,14 @@ CASES = (
 def program(*flags: str) -> Callable[[dict], Ready]:
     """train_pretrain.py as its user runs it."""
     def set_up(case: dict) -> Ready:
-        def run() -> Told:
+        def run() -> SimpleNamespace:
             with tempfile.TemporaryDirectory() as folder:
                 words = [sys.executable, str(ROOT / "train_pretrain.py"), "gpt", "--data",
                          case["data"], "--out", f"{folder}/run", *SHARED, *flags]
                 subprocess.run(words, check=True, cwd=ROOT, stdout=sys.stderr)
                 summary = json.loads((Path(folder) / "run" / "summary.json").read_text())
-            return Told(check={"nats per token": summary["nats_per_token"],
-                               "M tokens": summary["tokens_seen"] / 1e6})
+            return SimpleNamespace(told={"check": {"nats per token": summary["nats_per_token"],
+                               "M tokens": summary["tokens_seen"] / 1e6}})
 
         return Ready(run, 1, "run", {})
 
@@ -73,10 +74,10 @@ def recipe(case: dict) -> Ready:
     """nanoGPT's, in a process of its own as well."""
     words = [sys.executable, "-m", "nanokl.bench_pretrain", case["data"], str(case["iterations"])]
 
-    def run() -> Told:
+    def run() -> SimpleNamespace:
         done = subprocess.run(words, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        return Told(check={"nats per token": float(done.stdout.split()[-1]),
-                           "M tokens": case["iterations"] * 12 * 64 / 1e6})
+        return SimpleNamespace(told={"check": {"nats per token": float(done.stdout.split()[-1]),
+                           "M tokens": case["iterations"] * 12 * 64 / 1e6}})
 
     return Ready(run, 1, "run", {})
 

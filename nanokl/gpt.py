@@ -4,7 +4,7 @@
 which never builds the (B, T, V) logits. `logits(h)` is for sampling.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,15 @@ from nanokl.transformer import KVCache, Linear, Transformer, TransformerConfig
 class GPTConfig(TransformerConfig):
     tied: bool = True  # the head shares the token embedding's weight
     value_head: bool = False  # a scalar per position: the critic of PPO
-    ngram_rows: tuple[int, ...] = ()  # n-grams with an embedding of their own, for n = 2, 3, ...
+    critic_layers: int = 0  # of the critic's own trunk; 0: it reads the policy's hidden states
+    ngram_rows: list[int] = field(default_factory=list)  # n-grams with an embedding of their own, for n = 2, 3, ...
     ngram_dropout: float = 0.5  # of each of those, in train mode only
 
     def __post_init__(self):
         super().__post_init__()
-        self.ngram_rows = tuple(self.ngram_rows)  # JSON has lists only
+        if not 0 <= self.critic_layers <= self.n_layer:
+            raise UserError(f"critic_layers is {self.critic_layers}: give 0 (the policy's trunk) "
+                            f"to {self.n_layer}, the policy's own number")
         if not 0.0 <= self.ngram_dropout < 1.0:
             raise UserError(f"ngram_dropout is {self.ngram_dropout}: give 0 <= ngram_dropout < 1")
 
@@ -48,6 +51,8 @@ class GPT(Transformer, Pretrained):
             self.head.weight = self.wte.weight
         if config.value_head:
             self.value = nn.Linear(config.n_embd, 1)
+            if config.critic_layers:
+                self.critic = Transformer(replace(config, n_layer=config.critic_layers))
         if config.ngram_rows:
             self.ngrams = NgramEmbedding(config)
         self.init_weights(rng)
@@ -65,6 +70,10 @@ class GPT(Transformer, Pretrained):
             ngrams = ngrams[:, -idx.shape[1] :]
             extra = ngrams if extra is None else extra + ngrams
         return super().forward(idx, mask, segment, extra, cache)
+
+    def values(self, idx: Tensor, h: Tensor) -> Tensor:
+        """The critic's values (B, T), float32, at idx (B, T), whose hidden states are h."""
+        return self.value(self.critic(idx) if self.config.critic_layers else h).float()[..., 0]
 
     def logits(self, h: Tensor) -> Tensor:
         """(..., C) -> (..., V), float32."""

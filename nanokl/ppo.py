@@ -44,6 +44,7 @@ class PPOConfig(SamplingConfig):
     value_clip: float = 0.2  # of the value's move
     value_coef: float = 0.1  # weight of the value loss
     max_grad_norm: float = 1.0  # gradient clipping
+    critic_layers: int = 2  # of the critic's own trunk, at most the policy's; 0: it shares that one
 
     def __post_init__(self):
         super().__post_init__()
@@ -156,13 +157,21 @@ def draw_prompts(docs: list[list[int]], n: int, config: SamplingConfig, *, start
     return [[start, *docs[i][:k]] for i, k in zip(which, length, strict=True)]
 
 
-def make_policy(ref: GPT) -> GPT:
-    """A copy of ref, without dropout, with a value head that starts at 0."""
-    policy = GPT(GPT.Config(**{**vars(ref.config), "value_head": True, "dropout": 0.0}))
-    # A reference that PPO made has a value head too: it valued another reward.
-    weights = {k: x for k, x in ref.state_dict().items() if not k.startswith("value.")}
+def make_policy(ref: GPT, *, critic_layers: int = 0) -> GPT:
+    """A copy of ref, without dropout, with values that start at 0.
+
+    `critic_layers`: of the critic's own trunk, copies of ref's first ones, and no more than it has.
+    With none, the value head reads the policy's hidden states, and its gradient disturbs them.
+    """
+    critic_layers = min(critic_layers, ref.config.n_layer)
+    policy = GPT(GPT.Config(**{**vars(ref.config), "value_head": True, "dropout": 0.0,
+                               "critic_layers": critic_layers}))
+    # A reference that PPO made has a critic too: it valued another reward.
+    weights = {k: x for k, x in ref.state_dict().items() if not k.startswith(("value.", "critic."))}
     missing, extra = policy.load_state_dict(weights, strict=False)
-    assert set(missing) == {"value.weight", "value.bias"} and not extra, (missing, extra)
+    assert all(k.startswith(("value.", "critic.")) for k in missing) and not extra, (missing, extra)
+    if critic_layers:
+        policy.critic.load_state_dict({k: weights[k] for k in policy.critic.state_dict()})
     return policy.to(ref.head.weight.device)
 
 
@@ -205,7 +214,7 @@ def measure(policy: GPT, ref: GPT, rollout: Rollout, minibatches: list[Tensor],
                                  temperature=config.temperature, ref=(h_ref, ref.head.weight))
             old = linear_logprob(h_ref, ref.head.weight, idx[:, 1:], mask=mask,
                                  temperature=config.temperature)
-            value = policy.value(h).float()[..., 0]
+            value = policy.values(idx[:, :-1], h)
         stats = torch.stack([new.logp, old.logp, new.kl, new.entropy, value * mask], dim=1)
         out[:, rows] = runtime.gather(stats).transpose(0, 1)
     return tuple(out)
@@ -232,7 +241,7 @@ def minibatch_loss(model, policy: GPT, x: Experience, rows: Tensor, config: PPOC
         h = model(idx)[:, :-1]
         logp = linear_logprob(h, policy.head.weight, idx[:, 1:], mask=mask,
                               temperature=config.temperature).logp
-        value = policy.value(h).float()[..., 0]
+        value = policy.values(idx[:, :-1], h)
     loss_pi, info = policy_loss(logp, x.logp[rows], x.adv[rows], mask, clip=config.clip)
     loss_v = value_loss(value, x.value[rows], x.ret[rows], mask, clip=config.value_clip)
     loss = (loss_pi + config.value_coef * loss_v) * share * runtime.world

@@ -63,7 +63,7 @@ def test_a_step_is_ready(data, variant):
 
 def test_a_program_runs_whole_and_tells_its_loss(data):
     ready = bench_pretrain.program(*bench_pretrain.QUICK, "--steps", "3")({"data": data})
-    told = ready.run()["check"]
+    told = ready.run().told["check"]
     assert told["M tokens"] == 3 * 8 * 256 / 1e6
     assert 0 < told["nats per token"] < 1.2 * math.log(261)
 

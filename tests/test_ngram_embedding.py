@@ -21,7 +21,7 @@ def corpus(n=600, seed=0):
 def make(longest=4, dropout=0.5, seed=0, **sizes):
     keys = frequent_ngrams(corpus(), longest, V)
     config = GPTConfig(**{"vocab_size": V, "block_size": 24, "n_layer": 2, "n_head": 2, "n_embd": 8,
-                          "ngram_rows": tuple(map(len, keys)), "ngram_dropout": dropout} | sizes)
+                          "ngram_rows": list(map(len, keys)), "ngram_dropout": dropout} | sizes)
     model = GPT(config, torch.Generator().manual_seed(seed))
     model.ngrams.know(keys)
     for p in model.parameters():  # zero_init would hide what attention sees

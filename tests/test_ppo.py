@@ -416,6 +416,28 @@ def test_make_policy_is_the_reference_bit_for_bit():
     assert all(torch.equal(p, q) for p, q in zip(ref.parameters(), before, strict=True))
 
 
+def test_a_critic_of_its_own_leaves_the_policy_alone():
+    """Values start at 0, and their gradient reaches the critic's trunk but not the policy's."""
+    ref = make_ref()
+    policy = make_policy(ref, critic_layers=1).eval()
+    idx = everything().idx
+    h = policy(idx)
+    assert len(policy.critic.blocks) == 1 and not policy.values(idx, h).any()
+    torch.testing.assert_close(policy.critic.wte.weight, ref.wte.weight)
+    assert policy.critic.wte.weight is not policy.wte.weight
+    torch.nn.init.normal_(policy.value.weight)
+    policy.values(idx, h).square().sum().backward()
+    moved = {name for name, p in policy.named_parameters() if p.grad is not None and p.grad.any()}
+    assert moved and all(name.startswith(("critic.", "value.")) for name in moved), moved
+    again = make_policy(policy, critic_layers=0)  # from a policy with a critic: without one
+    assert not hasattr(again, "critic") and torch.equal(again(idx), h)
+
+
+def test_a_critic_has_no_more_layers_than_the_policy():
+    ref = make_ref()
+    assert make_policy(ref, critic_layers=9).config.critic_layers == ref.config.n_layer
+
+
 def test_make_policy_drops_the_old_value_head_and_dropout():
     """A run can start from a PPO run, and a reference trained with dropout gives none to it."""
     old = nudge(make_policy(make_ref()))
