@@ -20,7 +20,7 @@ class GPTConfig(TransformerConfig):
     tied: bool = True  # the head shares the token embedding's weight
     value_head: bool = False  # a scalar per position: the critic of PPO
     critic_layers: int = 0  # of the critic's own trunk; 0: it reads the policy's hidden states
-    ngram_rows: list[int] = field(default_factory=list)  # n-grams with an embedding of their own, for n = 2, 3, ...
+    ngram_rows: list[int] = field(default_factory=list)  # n-grams embedded, for n = 2, 3, ...
     ngram_dropout: float = 0.5  # of each of those, in train mode only
 
     def __post_init__(self):
