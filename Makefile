@@ -50,15 +50,15 @@ help: ## 0    this list
 
 setup: $(VENV) ## 0.5  .venv with the pinned packages
 
-test: $(VENV) ## 1.4  all tests
+test: $(VENV) ## 1.8  all tests
 	$(PY) -m pytest
 
 lint: $(VENV) ## 0.1  ruff
 	$(PY) -m ruff check .
 
-check: lint test ## 1.4  what CI runs: lint and test
+check: lint test ## 1.9  what CI runs: lint and test
 
-demo: $(VENV) ## 8    the whole story, from data to report, in runs/demo (replaced)
+demo: $(VENV) ## 9    the whole story, from data to report, in runs/demo (replaced)
 	rm -rf runs/demo && mkdir -p runs/demo && date +%s > runs/demo/started
 	$(MAKE) --no-print-directory report RUN=runs/demo BUDGET=$(BUDGET:main=demo)
 
@@ -105,7 +105,7 @@ data/shakespeare/meta.json: data/shakespeare/prepare.py | $(VENV)
 	$(PY) data/shakespeare/prepare.py $(SHAKESPEARE)
 	touch $@
 
-bench: $(VENV) .venv/peers/ready .venv/peers-ppo/ready data/shakespeare/meta.json ## 20   nanokl beside its peers: tables, and numbers in runs/bench
+bench: $(VENV) .venv/peers/ready .venv/peers-ppo/ready data/shakespeare/meta.json ## 23   nanokl beside its peers: tables, and numbers in runs/bench
 	for suite in $(SUITES); do $(PY) -m nanokl bench $$suite $(BENCH) || exit; done
 
 clean: ## 0    remove runs/ and the prepared data, keep .venv
