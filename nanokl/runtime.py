@@ -143,6 +143,7 @@ def _fast_dtype(device: torch.device) -> torch.dtype:
 def _tune_cpu() -> None:
     """Flushes denormals, and has glibc keep freed blocks: page faults can be a third of a step."""
     torch.set_flush_denormal(True)  # False where the CPU cannot: no harm
+    torch.zeros(1).exp()  # the first one must not be in several threads: see logprob.py
     # Not glibc: CDLL(None) fails on Windows, mallopt is missing on macOS and musl.
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
