@@ -5,7 +5,8 @@ whose state is renamed and transposed for GPT2LMHeadModel. All rows make every n
 sampled at temperature 1 from the whole distribution, and there is no stop token. Each runs in
 float32 and in bfloat16, nanokl the way its programs do (weights in float32, products in the
 device's best dtype), transformers the faster way (all weights in bfloat16), with the cache that is
-its default and, on a GPU, also with the static one, which it compiles.
+its default and, on a GPU, also with the static one, which it compiles. "nanokl compiled" is the
+model that `Compiled` has made of it; the seconds of its first rollout stand beside its check.
 
 check: largest error of the log-probs of sampled tokens, of a rollout's own for nanokl and of a full
 forward pass for transformers, against `plain_logits`: GPT-2 written once more, in float64, from
@@ -13,6 +14,7 @@ the published layout of the weights.
 """
 
 import math
+import time
 from collections.abc import Callable
 
 import torch
@@ -21,12 +23,12 @@ from torch import Tensor
 
 from nanokl import runtime as rt
 from nanokl.bench import Ready
-from nanokl.generate import generate
+from nanokl.generate import Compiled, generate
 from nanokl.gpt import GPT, PRESETS
 
 SMALL = {"n_layer": 6, "n_head": 4, "n_embd": 256, "vocab_size": 4096, "block_size": 64}
 GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257, "block_size": 1024}
-ON_CPU = ["nanokl", "nanokl float32", "transformers bfloat16", "transformers float32"]
+ON_CPU = ["nanokl compiled", "nanokl", "nanokl float32", "transformers bfloat16", "transformers float32"]
 CASES = (
     {"name": "6 x 256", "model": SMALL, "batch": 64, "prompt": 16, "new": 48, "device": "cpu",
      "variants": ON_CPU},
@@ -117,20 +119,24 @@ def check(case: dict, model: GPT, idx: Tensor, logp: Tensor) -> dict[str, float]
     return {"logp": error, "tokens short": case["prompt"] + case["new"] - idx.shape[1]}
 
 
-def ours(dtype: str) -> Callable[[dict], Ready]:
+def ours(dtype: str, *, compiled: bool = False) -> Callable[[dict], Ready]:
     def variant(case: dict) -> Ready:
         runtime = rt.setup(case["device"], dtype)
         model, prompts = set_up(case)
+        with runtime.autocast():
+            sampler = Compiled(model) if compiled else model
         rng, rows = rt.generator(0, "u"), prompts.tolist()
 
         def run():
             with runtime.autocast():
-                return generate(model, rows, case["new"], rng=rng)
+                return generate(sampler, rows, case["new"], rng=rng)
 
+        start = time.perf_counter()
         rollout = run()
+        told = {"first s": time.perf_counter() - start} if compiled else {}
         seen = rollout.logp[:2, -case["new"] :]
         return Ready(run, case["batch"] * case["new"], "token",
-                     check(case, model, rollout.idx, seen))
+                     check(case, model, rollout.idx, seen) | told)
 
     return variant
 
@@ -157,6 +163,7 @@ def theirs(dtype: torch.dtype, **cache) -> Callable[[dict], Ready]:
 
 
 VARIANTS = {
+    "nanokl compiled": ours("auto", compiled=True),
     "nanokl": ours("auto"),
     "nanokl float32": ours("float32"),
     "transformers bfloat16": theirs(torch.bfloat16),

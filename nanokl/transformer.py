@@ -64,25 +64,51 @@ class TransformerConfig:
 
 
 class KVCache:
-    """What was seen so far, filled in place: keys and values (L, B, H, T, D), token ids (B, T)."""
+    """What was seen so far, filled in place: each layer's k and v (B, H, T, D), token ids (B, T).
+
+    A static cache takes one token a step, at a position that is a tensor, and shows the same slots
+    whatever is in them: compilers and CUDA graphs need one shape and one address.
+    """
 
     def __init__(self, config: TransformerConfig, batch: int, length: int, *, device, dtype):
-        shape = (config.n_layer, batch, config.n_head, length, config.n_embd // config.n_head)
-        self.k, self.v = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
+        shape = (batch, config.n_head, length, config.n_embd // config.n_head)
+        self.k, self.v = ([torch.empty(shape, device=device, dtype=dtype)
+                           for _ in range(config.n_layer)] for _ in range(2))
         self.idx = torch.zeros(batch, length, device=device, dtype=torch.int64)
-        self.pos = 0  # positions filled
+        self.pos = 0  # positions filled; a tensor () once the cache is static
+        self.slots = None  # (W,) the positions that a static cache shows
+
+    @property
+    def static(self) -> bool:
+        return isinstance(self.pos, Tensor)
+
+    def make_static(self) -> None:
+        """From here on it takes one token a step and shows all slots: attention masks the rest."""
+        for v in self.v:
+            v[:, :, self.pos :] = 0  # 0 times what was never written must not be NaN
+        self.pos = torch.tensor(self.pos, device=self.idx.device)
+        self.slots = torch.arange(self.idx.shape[1], device=self.idx.device)
+
+    def next(self, T: int) -> slice | Tensor:
+        """The positions of the next T tokens, as an index."""
+        if self.static:
+            assert T == 1, f"a static cache takes one token at a time, not {T}"
+            return self.pos[None]
+        end, length = self.pos + T, self.idx.shape[1]
+        assert end <= length, f"cache of {length} positions is full at {end}"
+        return slice(self.pos, end)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores (B, H, T, D) at the write position; returns everything up to its end."""
-        end = self.pos + k.shape[2]
-        assert end <= self.k.shape[3], f"cache of {self.k.shape[3]} positions is full at {end}"
-        self.k[layer, :, :, self.pos : end] = k
-        self.v[layer, :, :, self.pos : end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        """Stores (B, H, T, D); returns everything up to its end, or all slots of a static cache."""
+        at = self.next(k.shape[2])
+        self.k[layer][:, :, at], self.v[layer][:, :, at] = k, v
+        seen = slice(self.slots.shape[0]) if self.static else slice(at.stop)
+        return self.k[layer][:, :, seen], self.v[layer][:, :, seen]
 
     def keep(self, rows: Tensor) -> None:
         """Goes on with these rows (n,) of the batch alone."""
-        self.k, self.v, self.idx = self.k[:, rows], self.v[:, rows], self.idx[rows]
+        self.k, self.v = ([x[rows] for x in layers] for layers in (self.k, self.v))
+        self.idx = self.idx[rows]
 
 
 # Each pair (x_2i, x_2i+1) is a complex number, turned by its position: x e^{i t theta_i} with
@@ -101,6 +127,13 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return torch.view_as_real(x * torch.view_as_complex(table)).flatten(-2)
 
 
+def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v for one query (B, H, 1, D), as sums that a compiler fuses."""
+    score = (q.float() * k).sum(-1) / q.shape[-1] ** 0.5  # (B, H, T)
+    p = score.masked_fill(~mask, -torch.inf).softmax(-1)
+    return (p[..., None] * v).sum(-2, keepdim=True).to(v.dtype)
+
+
 class Linear(nn.Linear):
     """x W^T + b in the weight's precision, or autocast's.
 
@@ -113,7 +146,7 @@ class Linear(nn.Linear):
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(W.dtype)
         few = rows <= FEW_ROWS and W.numel() >= LARGE_WEIGHT and x.device.type == "cpu"
-        if not few or torch.is_grad_enabled():
+        if not few or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().forward(x)
         xT = x.reshape(rows, -1).t()
         y = W @ xT if self.bias is None else torch.addmm(self.bias[:, None], W, xT)  # (out, rows)
@@ -145,7 +178,10 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer, k, v)
         causal = self.config.causal and mask is None and T > 1
         with torch.autocast(x.device.type, enabled=False):
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+            if cache is not None and cache.static:
+                y = attend_once(q, k, v, mask)
+            else:
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -164,7 +200,17 @@ class SquaredReLU(torch.autograd.Function):
         return (grad * r).mul_(2)
 
 
-ACTIVATIONS = {"relu2": SquaredReLU.apply, "gelu": F.gelu, "gelu_tanh": nn.GELU("tanh")}
+def gelu_tanh(x: Tensor) -> Tensor:
+    """x (1 + tanh u) / 2 = x sigmoid(2u), u = sqrt(2/pi) (x + .044715 x^3); arXiv:1606.08415.
+
+    Compiled it is the second form, for an exp costs less than a tanh.
+    """
+    if not torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    return x * torch.sigmoid((8 / torch.pi) ** 0.5 * (x + 0.044715 * x * x * x))
+
+
+ACTIVATIONS = {"relu2": SquaredReLU.apply, "gelu": F.gelu, "gelu_tanh": gelu_tanh}
 
 
 class MLP(nn.Module):
@@ -242,8 +288,11 @@ class Transformer(nn.Module):
             dtype = torch.get_autocast_dtype(device.type)
         return KVCache(self.config, batch, length, device=device, dtype=dtype)
 
-    def _attention_mask(self, mask: Tensor | None, T: int, pos: int) -> Tensor | None:
+    def _attention_mask(self, mask: Tensor | None, T: int, cache: KVCache | None) -> Tensor | None:
         """True where a query may look: ([B, 1,] T, pos + T); None where is_causal says it."""
+        if cache is not None and cache.static:
+            return cache.slots <= cache.pos  # (W,)
+        pos = cache.pos if cache is not None else 0
         if mask is not None:
             mask = mask[:, None, None, :]  # padded keys are invisible
         if self.config.causal and (mask is not None or (pos and T > 1)):  # offset diagonal
@@ -252,11 +301,11 @@ class Transformer(nn.Module):
         return mask
 
     def embed(self, idx: Tensor, segment: Tensor | None = None, extra: Tensor | None = None,
-              pos: int = 0) -> Tensor:
-        """The blocks' input (B, T, C): what each token is, before it has seen any other."""
+              at: slice | Tensor | None = None) -> Tensor:
+        """The blocks' input (B, T, C): what each token is, at its position, alone."""
         x = self.wte(idx) if extra is None else self.wte(idx) + extra
         if self.config.position == "learned":
-            x = x + self.wpe.weight[pos : pos + idx.shape[1]]
+            x = x + self.wpe.weight[slice(idx.shape[1]) if at is None else at]
         if self.config.n_segment:
             x = x + (self.wse.weight[0] if segment is None else self.wse(segment))
         return self.drop(self.norm_embed(x) if self.config.embed_norm else x)
@@ -269,15 +318,16 @@ class Transformer(nn.Module):
         With a cache, idx holds what follows. A causal model never looks at padding on the right.
         """
         B, T = idx.shape
-        pos = cache.pos if cache is not None else 0
-        assert pos + T <= self.config.block_size, f"{pos + T} tokens > {self.config.block_size}"
+        at = slice(T) if cache is None else cache.next(T)
+        if isinstance(at, slice):
+            assert at.stop <= self.config.block_size, f"{at.stop} tokens > {self.config.block_size}"
         assert mask is None or cache is None, "a cache takes no padding mask"
-        x = self.embed(idx, segment, extra, pos)
-        rotary = self.rotary[pos : pos + T] if self.config.position == "rotary" else None
-        attention_mask = self._attention_mask(mask, T, pos)
+        x = self.embed(idx, segment, extra, at)
+        rotary = self.rotary[at] if self.config.position == "rotary" else None
+        attention_mask = self._attention_mask(mask, T, cache)
         for block in self.blocks:
             x = block(x, attention_mask, rotary, cache)
         if cache is not None:
-            cache.idx[:, pos : pos + T] = idx
+            cache.idx[:, at] = idx
             cache.pos += T
         return self.norm_final(x) if self.config.norm_first else x

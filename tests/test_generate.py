@@ -5,6 +5,8 @@ Statistical tests have a fixed seed; the odds given are of a false alarm under a
 
 import itertools
 import math
+import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +18,8 @@ from hypothesis import strategies as st
 from test_transformer import one_thread, randomise, rng, tokens  # noqa: F401
 
 from nanokl import UserError
-from nanokl.generate import Rollout, generate, sample, truncate
+from nanokl import generate as generate_module
+from nanokl.generate import Compiled, Rollout, generate, sample, truncate
 from nanokl.gpt import GPT, PRESETS, GPTConfig
 from nanokl.tokenizer import CHAR_PATTERN, train_bpe
 from nanokl.transformer import Linear
@@ -384,6 +387,95 @@ def test_errors_are_the_users(prompts, n, extra, message):
 def test_the_whole_context_can_be_used():
     prompts = [tokens(20).tolist(), [1]]
     assert [len(r) for r in generate(gpt(), prompts, 4, rng=rng()).responses()] == [4, 4]
+
+
+# ------------------------------------------------------------------------------------ compiled
+@pytest.fixture
+def traced(monkeypatch):
+    """torch.compile with its tracing and its guards, and without the seconds of code generation."""
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+
+
+def assert_same(got: Rollout, want: Rollout):
+    for name in ("idx", "mask", "n_prompt", "stopped"):
+        a, b = getattr(got, name), getattr(want, name)
+        if name == "idx":  # right of the last token arbitrary
+            assert got.rows() == want.rows()
+        else:
+            assert torch.equal(a, b), name
+    torch.testing.assert_close(got.logp, want.logp, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_compiled_rollouts_equal_those_of_the_model():
+    """Through two windows of the cache, ragged, with rows that stop."""
+    config = GPTConfig(**SIZES | PRESETS["gpt2"] | {"block_size": 48, "n_layer": 1})
+    model = randomise(GPT(config))
+    fast = Compiled(model)
+    for seed in range(2):
+        want = generate(model, PROMPTS, 38, stop=7, top_k=9, u=uniform(5, 38, seed))
+        got = generate(fast, PROMPTS, 38, stop=7, top_k=9, u=uniform(5, 38, seed))
+        assert_same(got, want)
+
+
+@pytest.mark.parametrize("preset", ["nano", "gpt2"])
+def test_compiled_models_keep_their_own_weights_as_they_were(preset, traced):
+    models = [gpt(preset, seed) for seed in range(2)]
+    fast = [Compiled(model) for model in models]
+    for u in (uniform(5, 9), uniform(5, 9, 1)):
+        for model, compiled in zip(models, fast, strict=True):  # alike, but for their weights
+            assert_same(generate(compiled, PROMPTS, 9, stop=7, u=u),
+                        generate(model, PROMPTS, 9, stop=7, u=u))
+    before = generate(models[0], PROMPTS, 6, rng=rng(1))
+    with torch.no_grad():
+        models[0].blocks[0].mlp.up.weight.mul_(-1)
+    assert_same(generate(fast[0], PROMPTS, 6, rng=rng(1)), before)
+    assert generate(models[0], PROMPTS, 6, rng=rng(1)).rows() != before.rows()
+    assert_same(generate(fast[1], [[3]], 1, rng=rng(1)), generate(models[1], [[3]], 1, rng=rng(1)))
+    assert_same(generate(fast[1], [[3]], 2, rng=rng(1)), generate(models[1], [[3]], 2, rng=rng(1)))
+
+
+@pytest.mark.parametrize("preset", ["nano", "gpt2"])
+def test_compiled_under_autocast_samples_from_the_bfloat16_of_the_model(preset, traced):
+    model = gpt(preset)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        rollout = generate(Compiled(model), [[3, 1, 4]] * 40, 10, rng=rng(1))
+        want = model.logits(model(rollout.idx[:, :-1])).log_softmax(-1)
+    want = want.gather(-1, rollout.idx[:, 1:, None])[..., 0][rollout.mask]
+    assert (want - rollout.logp[rollout.mask]).abs().max() < 0.05
+
+
+def test_steps_as_cuda_graphs_keep_to_their_own_tensors(monkeypatch):
+    """With a graph played by the CPU: one capture a shape, whose inputs and results stay put."""
+    captured = []
+
+    def capture(function):
+        results = function()
+        captured.append([x.data_ptr() for x in results])
+
+        def replay():
+            for mine, new in zip(results, function(), strict=True):
+                mine.copy_(new)
+        return results, replay
+
+    monkeypatch.setattr(generate_module, "_capture", capture)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    model = gpt()
+    compiled = Compiled(model)
+    compiled._graphs = {}
+    for seed in range(3):
+        want = generate(model, PROMPTS, 9, stop=7, temperature=0.7, rng=rng(seed))
+        assert_same(generate(compiled, PROMPTS, 9, stop=7, temperature=0.7, rng=rng(seed)), want)
+    assert len(captured) == 1
+    generate(compiled, PROMPTS, 9, stop=7, temperature=0.8, rng=rng(0))
+    generate(compiled, PROMPTS[:2], 9, stop=7, temperature=0.8, rng=rng(0))
+    assert len(captured) == 3
+
+
+def test_models_with_ngrams_cannot_be_compiled_for_sampling():
+    with pytest.raises(UserError, match="n-gram embeddings cannot be compiled for sampling: give"):
+        Compiled(GPT(GPTConfig(**SIZES, ngram_rows=[8])))
 
 
 # ------------------------------------------------------------------------------ from end to end

@@ -20,6 +20,7 @@ from nanokl.transformer import (
     SquaredReLU,
     Transformer,
     TransformerConfig,
+    gelu_tanh,
     rotary_table,
     rotate,
 )
@@ -312,6 +313,35 @@ def test_cached_equals_uncached(switches, cuts):
     h = torch.cat([model(part, cache=cache) for part in idx.split(cuts, dim=1)], dim=1)
     assert cache.pos == 12
     torch.testing.assert_close(h, model(idx), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("switches", SWITCHES)
+def test_static_cache_equals_uncached(switches):
+    """Slots beyond the position hide, be they few or many, and whatever memory held there."""
+    model, idx = trunk(**switches), tokens(3, 12)
+    cache = model.new_cache(3, 20)
+    for x in (*cache.k, *cache.v):
+        x.fill_(torch.nan)
+    parts = [model(idx[:, :5], cache=cache)]
+    cache.make_static()
+    for x in cache.k:
+        x[:, :, 5:] = torch.rand(3, 1, 15, 1) * 100
+    for t in range(5, 12):
+        cache.slots = torch.arange(t + 1 if t % 2 else 20)
+        parts.append(model(idx[:, t : t + 1], cache=cache))
+    assert cache.pos.item() == 12
+    torch.testing.assert_close(torch.cat(parts, 1), model(idx), rtol=0, atol=1e-5)
+    with pytest.raises(AssertionError, match="one token at a time, not 2"):
+        model(idx[:, :2], cache=cache)
+
+
+def test_gelu_is_the_same_when_compiled(monkeypatch):
+    x = torch.linspace(-12, 12, 4001)
+    x64 = x.double()
+    want = x64 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x64 + 0.044715 * x64**3))) / 2
+    torch.testing.assert_close(gelu_tanh(x), want.float(), rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(gelu_tanh(x), want.float(), rtol=1e-5, atol=1e-6)
 
 
 def test_cached_equals_uncached_in_bfloat16_on_a_cpu():
