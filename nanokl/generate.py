@@ -17,7 +17,7 @@ from nanokl import UserError
 from nanokl.transformer import Linear
 
 TILE = 256  # tokens whose probabilities are summed together before the CDF is looked at
-WINDOW = 32  # slots by which a compiled step's view of its cache grows
+WINDOW = 16  # slots by which a compiled step's view of its cache grows
 
 
 @dataclass
