@@ -20,17 +20,12 @@ TINY = {case["name"]: {**case, "device": "cpu"} for case in bench_logprob.CASES
 HERE = [name for name in bench_logprob.VARIANTS
         if name not in bench_logprob.ENVIRONMENT and "compiled" not in name]  # fmt: skip
 TEXT = " ".join(f"the cat number {i} sat on the mat; the rat ran {i * i} times." for i in range(60))
+pytestmark = pytest.mark.usefixtures("untuned")
 
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory) -> Python:
     return Python(ROOT, tmp_path_factory.mktemp("logs"))
-
-
-@pytest.fixture(autouse=True)
-def untuned(monkeypatch):
-    """Set-ups run in this process here: it keeps its denormals and its allocator."""
-    monkeypatch.setattr("nanokl.runtime._tune_cpu", lambda: None)
 
 
 @pytest.fixture

@@ -16,12 +16,7 @@ from nanokl.tokenizer import Tokenizer
 
 TEXT = " ".join(f"the cat number {i} sat on the mat; the rat ran {i * i} times." for i in range(99))
 STEP = {"n_layer": 1, "n_head": 2, "n_embd": 16, "T": 16, "B": 4, "V": 64, "device": "cpu"}
-
-
-@pytest.fixture(autouse=True)
-def untuned(monkeypatch):
-    """Set-ups run in this process here: it keeps its denormals and its allocator."""
-    monkeypatch.setattr("nanokl.runtime._tune_cpu", lambda: None)
+pytestmark = pytest.mark.usefixtures("untuned")
 
 
 @pytest.fixture(scope="module")
