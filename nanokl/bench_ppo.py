@@ -234,7 +234,7 @@ def trl_rloo(case: dict, ref: GPT, reward: Callable, *, bf16: bool, lr: float, s
     from datasets import Dataset
     from trl import RLOOConfig, RLOOTrainer
 
-    folder = tempfile.mkdtemp()
+    folder = tempfile.mkdtemp()  # in the worker's own
     peer_model(ref).save_pretrained(folder)  # the reference is read from where the policy was
     device = ref.head.weight.device
 

@@ -143,6 +143,20 @@ def test_an_answer_may_not_take_for_ever(monkeypatch, tmp_path):
         assert worker.ask() == {"failed": "its process ended with status -9"}
 
 
+@pytest.mark.skipif(shutil.which("sh") is None, reason="no shell")
+@pytest.mark.parametrize("ending", ["", "kill -9 $$"])
+def test_what_a_worker_leaves_behind_goes(tmp_path, ending):
+    """Whether it ends by itself or is killed."""
+    script = tmp_path / "python"
+    script.write_text(f'#!/bin/sh\nmkdir "$TMPDIR/left"\necho "$TMPDIR/left" >&2\n{ending}\n')
+    script.chmod(0o755)
+    with Worker(str(script), "bpe", {"device": "cpu"}, "nanokl", tmp_path / "log") as worker:
+        assert "its process ended with status" in worker.ask()["failed"]
+        left = Path((tmp_path / "log").read_text().strip())
+        assert left.is_dir()
+    assert not left.parent.exists()
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="not Linux")
 def test_memory_is_the_peak_beyond_what_is_returned():
     size = 64 << 20
