@@ -17,6 +17,7 @@ through every layer, against the forward pass written once more in float64 (`nan
 would take: over the median, the MFU.
 """
 
+import itertools
 import json
 import math
 import subprocess
@@ -94,8 +95,8 @@ def train_recipe(data: str, iterations: int) -> float:
     """Nats per token of the validation split after nanoGPT's recipe."""
     tokenizer, folder, T = Tokenizer.load(data), Path(data), RECIPE["block_size"]
     train, val = (Shard.open(folder / f"{name}.bin", tokenizer) for name in ("train", "val"))
-    config = GPTConfig(vocab_size=tokenizer.vocab_size, **RECIPE, **PRESETS["gpt2"])
-    config.bias, config.activation = False, "gelu"
+    switches = {**PRESETS["gpt2"], "bias": False, "activation": "gelu"}
+    config = GPTConfig(vocab_size=tokenizer.vocab_size, **RECIPE, **switches)
     rng = rt.generator(0, "recipe")
     model = GPT(config, rng)
     decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -182,8 +183,10 @@ def _setting(case: dict, preset: str) -> tuple[rt.Runtime, GPT, Tensor]:
 def _errors(model: GPT, loss: Tensor, idx: Tensor) -> dict[str, float]:
     """Of the loss and of the embedding's gradient, against the oracle's, some rows at a time."""
     (gradient,) = torch.autograd.grad(loss, model.wte.weight)
-    nano = (dict(model.named_parameters()), nano_logits)
-    weights, logits = (gpt2_weights(model), plain_logits) if model.config.bias else nano
+    if model.config.position == "learned":
+        weights, logits = gpt2_weights(model), plain_logits
+    else:
+        weights, logits = dict(model.named_parameters()), nano_logits
     w = {k.removeprefix("transformer."): x.detach().double() for k, x in weights.items()}
     wte, nats, exact = w["wte.weight"].requires_grad_(), 0.0, torch.zeros_like(w["wte.weight"])
     for rows in idx.split(max(1, 2048 // idx.shape[1])):
@@ -253,7 +256,7 @@ def loader(case: dict) -> Ready:
     data = Path(case["data"])
     shard = Shard.open(data / "train.bin", Tokenizer.load(data))
     sizes = {"batch_size": case["B"], "block_size": case["T"], "seed": 0}
-    steps = iter(range(1 << 30))
+    steps = itertools.count()
     return Ready(lambda: lm_batch(shard, next(steps), **sizes), case["B"] * case["T"], "token", {})
 
 
