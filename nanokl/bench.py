@@ -27,6 +27,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -62,24 +63,20 @@ def serve(suite: str, case: str, variant: str) -> None:
     """A worker: sets the variant up, then answers each line of stdin with one run's cost."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print goes to the log
-    device = json.loads(case)["device"]
+    tell = lambda **answer: print(json.dumps(answer), file=answers, flush=True)  # noqa: E731
     try:
-        ready = importlib.import_module(f"nanokl.bench_{suite}").VARIANTS[variant](json.loads(case))
+        case = json.loads(case)
+        ready = importlib.import_module(f"nanokl.bench_{suite}").VARIANTS[variant](case)
         loaded = [name for name in PACKAGES if name.replace("-", "_") in sys.modules]
-        versions = {name: importlib.metadata.version(name) for name in loaded}
-        answer = {"units": ready.units, "unit": ready.unit, "check": ready.check,
-                  "threads": torch.get_num_threads(), "versions": versions}
-        while True:
-            print(json.dumps(answer), file=answers, flush=True)
-            if not (line := sys.stdin.readline()):
-                break
-            answer = {"time": _time, "memory": _memory}[json.loads(line)["run"]](ready, device)
+        tell(units=ready.units, unit=ready.unit, check=ready.check, threads=torch.get_num_threads(),
+             versions={name: importlib.metadata.version(name) for name in loaded})
+        for line in sys.stdin:
+            tell(**{"time": _time, "memory": _memory}[line.strip()](ready, case["device"]))
     except ModuleNotFoundError as error:
-        print(json.dumps({"skipped": f"no module named {error.name}"}), file=answers, flush=True)
+        tell(skipped=f"no module named {error.name}")
     except Exception as error:
         traceback.print_exc()
-        text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        print(json.dumps({"failed": text}), file=answers, flush=True)
+        tell(failed=" ".join(f"{type(error).__name__}: {error}".split())[:300])
 
 
 def _time(ready: Ready, device: str) -> dict:
@@ -121,12 +118,16 @@ def _status(name: str) -> int:
 
 
 class Worker(contextlib.AbstractContextManager):
-    """The process of one variant; `row` gathers what is known of it."""
+    """The process of one variant; `row` gathers what is known of it.
+
+    Its temporary files go when it does, also those of a peer that leaves them lying.
+    """
 
     def __init__(self, python: str, suite: str, case: dict, variant: str, log: Path):
         self.row = {"name": variant, "seconds": []}
+        self.scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+        env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TMPDIR": self.scratch.name}
         words = [python, "-m", "nanokl.bench", suite, json.dumps(case), variant]
         with open(log, "ab") as err:
             self.process = subprocess.Popen(words, env=env, stdin=subprocess.PIPE, text=True,
@@ -150,7 +151,7 @@ class Worker(contextlib.AbstractContextManager):
         timer.start()
         try:
             if run:
-                print(json.dumps({"run": run}), file=self.process.stdin, flush=True)
+                print(run, file=self.process.stdin, flush=True)
             line = self.process.stdout.readline()
         except BrokenPipeError:
             line = ""
@@ -160,14 +161,12 @@ class Worker(contextlib.AbstractContextManager):
             "failed": f"its process ended with status {self.process.wait()}"}
 
     def __exit__(self, *_) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()  # the end of its loop
         try:
-            self.process.wait(10)
+            self.process.communicate(timeout=10)  # the end of stdin is that of its loop
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait()
-        self.process.stdout.close()
+            self.process.communicate()
+        self.scratch.cleanup()
 
 
 def run_rounds(workers: Sequence[Worker], rounds: int, seconds: float) -> None:

@@ -159,21 +159,16 @@ def _torch_chunked(x: Work, **options) -> list[Tensor]:
     return [-F.linear_cross_entropy(x.h, x.w.to(x.dtype), x.y, reduction="none", options=chunks)]
 
 
-def _torch_auto(case: dict) -> Ready:
-    return Work(case).ready(_torch_chunked)
-
-
 def _torch_best(case: dict) -> Ready:
     work, seconds = Work(case), {}
-    chunks = [rows for rows in CHUNKS if rows <= case["N"]]
-    for rows in [chunks[-1], *chunks]:  # the first is a warm-up
-        forward = partial(_torch_chunked, batch_chunk_size=rows, chunking_method=None)
+    forwards = {rows: partial(_torch_chunked, batch_chunk_size=rows, chunking_method=None)
+                for rows in CHUNKS if rows <= case["N"]}
+    for rows in [max(forwards), *forwards]:  # the first is a warm-up
         start = time.perf_counter()
-        float(work.run(forward)[1][1][0, 0])  # waits for a GPU, too
+        float(work.run(forwards[rows])[1][1][0, 0])  # waits for a GPU, too
         seconds[rows] = time.perf_counter() - start
     best = min(seconds, key=seconds.get)
-    forward = partial(_torch_chunked, batch_chunk_size=best, chunking_method=None)
-    return work.ready(forward, chunk=best)
+    return work.ready(forwards[best], chunk=best)
 
 
 def _trl(case: dict) -> Ready:
@@ -237,7 +232,7 @@ def _simple(forward: Callable) -> Callable[[dict], Ready]:
 VARIANTS = {
     "nanokl": _simple(_nanokl), "nanokl dense": _simple(_nanokl_dense), "naive": _simple(_naive),
     "naive of picked rows": _simple(_naive_picked), "naive compiled": _naive_compiled,
-    "torch auto chunk": _torch_auto, "torch best chunk": _torch_best, "trl": _trl,
+    "torch auto chunk": _simple(_torch_chunked), "torch best chunk": _torch_best, "trl": _trl,
     "liger selective": _liger_selective, "liger scaled": _liger_scaled,
     "liger linear ce": _liger_linear_ce, "3 products": partial(_products, 1),
     "4 products": partial(_products, 2),

@@ -5,8 +5,8 @@ are uneven), with the same rule as reward, the same beta and the same number of 
 batches of 64 with 4 epochs of updates on each, in float32, one seed a case. What is left is each
 one's own default, but for the learning rate, which was chosen for each among 3e-4, 1e-3, 3e-3 and
 1e-2 at a seed that is no case: `RATES`. nanokl lowers its rate as `train_rlhf.py ppo` does, TRL
-linearly to 0. PPOTrainer's critic is a second network, nanokl's a head on the policy; RLOOTrainer
-has none and makes two responses a prompt.
+linearly to 0. PPOTrainer's critic is a second network, nanokl's two layers or ("shared critic") a
+head on the policy; RLOOTrainer has none and makes two responses a prompt.
 
 The judge belongs to none of them. It reads the trained weights in GPT-2's layout, runs them and the
 first ones through `plain_logits` in float64, draws each token from the whole distribution by a full
@@ -83,12 +83,12 @@ def variant(name: str, make: Callable, **flags) -> Callable[[dict], Ready]:
         torch.set_num_threads(1)
         ref = reference(case)
         first = {k: x.clone() for k, x in gpt2_weights(ref).items()}
-        flags.update(reward=lambda idx: rule(idx, case), lr=case.get("lr", RATES[name]))
-        policy, run = make(case, ref, seed=case["seed"], steps=case["iterations"], **flags)
+        given = {**flags, "reward": lambda idx: rule(idx, case), "lr": case.get("lr", RATES[name])}
+        policy, run = make(case, ref, seed=case["seed"], steps=case["iterations"], **given)
         for _ in range(case["iterations"]):
             run()
         check = verdict(weights_of(policy), first, case)
-        return Ready(make(case, ref, **flags)[1], case["batch"], "episode", check)
+        return Ready(make(case, ref, **given)[1], case["batch"], "episode", check)
 
     return set_up
 

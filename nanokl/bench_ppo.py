@@ -5,7 +5,8 @@ updates as there are epochs, each on the whole batch. All start from the same GP
 weights, sample at temperature 1 from the whole distribution, have no stop token (so that each
 response has its full length), no dropout, and the same beta.
 
-nanokl runs `ppo_batch` of train_rlhf.py, which also measures the exact KL and the entropy. TRL's
+nanokl runs `ppo_batch` of train_rlhf.py, which also measures the exact KL and the entropy; its
+critic has two layers of its own, or ("shared critic") is a head on the policy. TRL's
 trainers run their own train(), in a thread that a callback stops after each iteration; the first
 one, with what it sets up, is not timed. Saving, evaluation, reports and gradient checkpointing are
 off; what they compute for their log cannot be turned off, and is written once an iteration.
@@ -67,7 +68,7 @@ class Seen:
         return rule(idx, self.case)
 
     def check(self, model: GPT, logged: float, sampled: bool) -> dict[str, float]:
-        """`logged` nats a token, of the tokens or (not `sampled`) the distributions' entropy."""
+        """`logged` nats a token: of the `sampled` ones, or the distributions' mean entropy."""
         case, idx = self.case, self.idx.cpu()
         weights = {k: x.cpu() for k, x in gpt2_weights(model).items()}
         logp = plain_logits(weights, idx[:, :-1], case["model"]["n_head"]).log_softmax(-1)
@@ -234,7 +235,7 @@ def trl_rloo(case: dict, ref: GPT, reward: Callable, *, bf16: bool, lr: float, s
     from datasets import Dataset
     from trl import RLOOConfig, RLOOTrainer
 
-    folder = tempfile.mkdtemp()
+    folder = tempfile.mkdtemp()  # in the worker's own
     peer_model(ref).save_pretrained(folder)  # the reference is read from where the policy was
     device = ref.head.weight.device
 
@@ -253,38 +254,30 @@ def trl_rloo(case: dict, ref: GPT, reward: Callable, *, bf16: bool, lr: float, s
     return trainer.model, paced(trainer)
 
 
-def variant(make: Callable, nats: Callable[[dict, dict], float], sampled: bool = False,
+def variant(make: Callable, entropy: str, sampled: bool = False,
             **flags) -> Callable[[dict], Ready]:
-    """`make` with a small rate, the first iteration as its check; nats(log, case) a token."""
+    """`make` with a small rate, the first iteration as its check: what it logs as `entropy`.
+
+    That is a mean over tokens, or (sampled) the sum of -log p over a response's own tokens.
+    """
     def set_up(case: dict) -> Ready:
         seen, model = Seen(case), gpt2_shaped(case["model"]).to(case["device"])
         _, run = make(case, model, seen, lr=1e-6, **flags)
-        check = seen.check(model, nats(run(), case), sampled)
-        return Ready(run, case["batch"], "episode", check)
+        nats = run()[entropy] / (case["new"] if sampled else 1)
+        return Ready(run, case["batch"], "episode", seen.check(model, nats, sampled))
 
     return set_up
 
 
-def _ours(log: dict, _case: dict) -> float:
-    return log["entropy_nats_per_token"]
-
-
-def _ppo(log: dict, case: dict) -> float:
-    return log["objective/entropy"] / case["new"]
-
-
-def _rloo(log: dict, _case: dict) -> float:
-    return log["entropy"]
-
-
+OURS = "entropy_nats_per_token"
 VARIANTS = {
-    "nanokl": variant(nanokl_ppo, _ours, dtype="auto"),
-    "nanokl, shared critic": variant(nanokl_ppo, _ours, dtype="auto", critic_layers=0),
-    "nanokl float32": variant(nanokl_ppo, _ours, dtype="float32"),
-    "PPOTrainer bfloat16": variant(trl_ppo, _ppo, True, bf16=True),
-    "PPOTrainer float32": variant(trl_ppo, _ppo, True, bf16=False),
-    "RLOOTrainer bfloat16": variant(trl_rloo, _rloo, bf16=True),
-    "RLOOTrainer float32": variant(trl_rloo, _rloo, bf16=False),
+    "nanokl": variant(nanokl_ppo, OURS, dtype="auto"),
+    "nanokl, shared critic": variant(nanokl_ppo, OURS, dtype="auto", critic_layers=0),
+    "nanokl float32": variant(nanokl_ppo, OURS, dtype="float32"),
+    "PPOTrainer bfloat16": variant(trl_ppo, "objective/entropy", True, bf16=True),
+    "PPOTrainer float32": variant(trl_ppo, "objective/entropy", True, bf16=False),
+    "RLOOTrainer bfloat16": variant(trl_rloo, "entropy", bf16=True),
+    "RLOOTrainer float32": variant(trl_rloo, "entropy", bf16=False),
 }
 ENVIRONMENT = {name: "peers_ppo" if name.startswith("PPO") else "peers"
                for name in VARIANTS if "Trainer" in name}

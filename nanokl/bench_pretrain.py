@@ -9,11 +9,15 @@ check is no error here: nats per token over the whole last tenth of the text, in
 overlap, each token scored once. Characters are tokens for all; case["data"] is a folder that
 data/shakespeare/prepare.py has filled.
 
-The others time a training step: with the loader's share of it on any device, and on a GPU that of
-the 124M-parameter GPT-2 shape beside a plain, compiled PyTorch loop of the same shape, with the MFU
-where the device's peak is known (throughput.py).
+The others time a training step, on random tokens: beside the time that the loader takes for as
+many, and on a GPU at the 124M-parameter GPT-2 shape beside a plain, compiled PyTorch loop. check:
+error of the first loss in nats, and relative one of the embedding's gradient, which has been
+through every layer, against the forward pass written once more in float64 (`nano_logits` here,
+`plain_logits` for GPT-2); and where the device's peak is known (throughput.py) the seconds that it
+would take: over the median, the MFU.
 """
 
+import itertools
 import json
 import math
 import subprocess
@@ -25,10 +29,12 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from nanokl import optim, throughput
 from nanokl import runtime as rt
 from nanokl.bench import ROOT, Ready
+from nanokl.bench_generate import gpt2_weights, plain_logits
 from nanokl.data import Shard, eval_batches, lm_batch
 from nanokl.gpt import GPT, PRESETS, GPTConfig
 from nanokl.logprob import linear_logprob
@@ -62,8 +68,7 @@ def program(*flags: str) -> Callable[[dict], Ready]:
                          case["data"], "--out", f"{folder}/run", *SHARED, *flags]
                 subprocess.run(words, check=True, cwd=ROOT, stdout=sys.stderr)
                 summary = json.loads((Path(folder) / "run" / "summary.json").read_text())
-            return SimpleNamespace(told={"check": {"nats per token": summary["nats_per_token"],
-                               "M tokens": summary["tokens_seen"] / 1e6}})
+            return _told(summary["nats_per_token"], summary["tokens_seen"])
 
         return Ready(run, 1, "run", {})
 
@@ -76,18 +81,22 @@ def recipe(case: dict) -> Ready:
 
     def run() -> SimpleNamespace:
         done = subprocess.run(words, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        return SimpleNamespace(told={"check": {"nats per token": float(done.stdout.split()[-1]),
-                           "M tokens": case["iterations"] * 12 * 64 / 1e6}})
+        return _told(float(done.stdout.split()[-1]), case["iterations"] * 12 * 64)
 
     return Ready(run, 1, "run", {})
+
+
+def _told(nats: float, tokens: int) -> SimpleNamespace:
+    """What a program's run has to say of itself, when it has ended."""
+    return SimpleNamespace(told={"check": {"nats per token": nats, "M tokens": tokens / 1e6}})
 
 
 def train_recipe(data: str, iterations: int) -> float:
     """Nats per token of the validation split after nanoGPT's recipe."""
     tokenizer, folder, T = Tokenizer.load(data), Path(data), RECIPE["block_size"]
     train, val = (Shard.open(folder / f"{name}.bin", tokenizer) for name in ("train", "val"))
-    config = GPTConfig(vocab_size=tokenizer.vocab_size, **RECIPE, **PRESETS["gpt2"])
-    config.bias, config.activation = False, "gelu"
+    switches = {**PRESETS["gpt2"], "bias": False, "activation": "gelu"}
+    config = GPTConfig(vocab_size=tokenizer.vocab_size, **RECIPE, **switches)
     rng = rt.generator(0, "recipe")
     model = GPT(config, rng)
     decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -95,7 +104,7 @@ def train_recipe(data: str, iterations: int) -> float:
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1},
                                    {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.99))
 
-    def loss(shard: Shard) -> torch.Tensor:
+    def loss(shard: Shard) -> Tensor:
         start = torch.randint(len(shard.tokens) - T - 1, (12, 1), generator=rng)
         idx = torch.from_numpy(shard.tokens[start.numpy() + range(T + 1)].astype("int64"))
         logits = model.logits(model(idx[:, :-1]))
@@ -126,78 +135,120 @@ def evaluate(model: GPT, shard: Shard) -> float:
     return nats / n
 
 
-def _batch(case: dict) -> tuple[rt.Runtime, torch.Tensor]:
-    runtime = rt.setup(case["device"])
-    rng = rt.generator(0, "idx")
-    return runtime, torch.randint(case["V"], (case["B"], case["T"] + 1), generator=rng)
+# Pre-norm residuals; norms are LayerNorms with a gain alone; queries and keys are normalised, then
+# turned by t 10000^(-2i/D); MLP(x) = W_down relu(W_up x)^2; the head is the embedding.
+def nano_logits(w: dict[str, Tensor], idx: Tensor, n_head: int) -> Tensor:
+    """nano's logits (B, T, V) from its weights: the oracle, in which no layer has a part."""
+    T, D = idx.shape[1], w["wte.weight"].shape[1] // n_head
+    past = torch.ones(T, T, dtype=torch.bool, device=idx.device).tril()
+    theta = 1e4 ** (-torch.arange(0, D, 2, device=idx.device).double() / D)
+    angle = torch.arange(T, device=idx.device)[:, None] * theta  # (T, D/2)
+
+    def norm(x: Tensor, name: str, eps: float = 1e-6) -> Tensor:
+        x = x - x.mean(-1, keepdim=True)
+        return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * w.get(f"{name}.weight", 1.0)
+
+    def turned(x: Tensor) -> Tensor:
+        a, b = (x := norm(x, "", 1e-5))[..., ::2], x[..., 1::2]  # (B, H, T, D/2)
+        pair = a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()
+        return torch.stack(pair, -1).flatten(-2)
+
+    x = norm(w["wte.weight"][idx], "norm_embed")
+    for i in range(sum(name.endswith("qkv.weight") for name in w)):
+        qkv = (norm(x, f"blocks.{i}.norm1") @ w[f"blocks.{i}.attn.qkv.weight"].T).chunk(3, -1)
+        q, k, v = (y.unflatten(-1, (n_head, D)).transpose(1, 2) for y in qkv)  # (B, H, T, D)
+        score = (turned(q) @ turned(k).mT / math.sqrt(D)).masked_fill(~past, -torch.inf)
+        y = (score.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        x = x + y @ w[f"blocks.{i}.attn.proj.weight"].T
+        y = norm(x, f"blocks.{i}.norm2") @ w[f"blocks.{i}.mlp.up.weight"].T
+        x = x + y.relu().square() @ w[f"blocks.{i}.mlp.down.weight"].T
+    return norm(x, "norm_final") @ w["wte.weight"].T
 
 
-def _model(case: dict, preset: str, runtime: rt.Runtime) -> GPT:
+def _setting(case: dict, preset: str) -> tuple[rt.Runtime, GPT, Tensor]:
+    """Where to compute, the model, its blocks' matrices no zeros, and random tokens (B, T + 1)."""
+    runtime = rt.setup(case["device"], case.get("dtype", "auto"))
     sizes = {name: case[name] for name in ("n_layer", "n_head", "n_embd")}
     config = GPTConfig(vocab_size=case["V"], block_size=case["T"], **sizes, **PRESETS[preset])
-    return GPT(config, rt.generator(0, "weights")).to(runtime.device)
+    rng = rt.generator(0, "weights")
+    model = GPT(config, rng)
+    with torch.no_grad():  # else the blocks had no part in the loss, and no error could be seen
+        for p in model.blocks.parameters():
+            if p.ndim == 2:
+                p.normal_(std=p.shape[1] ** -0.5, generator=rng)
+    idx = torch.randint(case["V"], (case["B"], case["T"] + 1), generator=rng)
+    return runtime, model.to(runtime.device), idx.to(runtime.device)
 
 
-def _check(case: dict, model: GPT, loss: Callable, runtime: rt.Runtime) -> dict:
-    """The loss against the one of the whole logits in float32; MFU needs the time, not here."""
-    with torch.no_grad(), runtime.autocast():
-        got = loss().item()
-    flops = throughput.model_flops(model, case["B"] * case["T"], case["B"] * case["T"] ** 2,
-                                   case["B"] * case["T"])
-    peak = throughput.peak_flops(runtime)
-    best = {"seconds at the device's peak": flops / peak} if peak else {}
-    return {"nats at the start / log V": got / math.log(case["V"]), **best}
+def _errors(model: GPT, loss: Tensor, idx: Tensor) -> dict[str, float]:
+    """Of the loss and of the embedding's gradient, against the oracle's, some rows at a time."""
+    (gradient,) = torch.autograd.grad(loss, model.wte.weight)
+    if model.config.position == "learned":
+        weights, logits = gpt2_weights(model), plain_logits
+    else:
+        weights, logits = dict(model.named_parameters()), nano_logits
+    w = {k.removeprefix("transformer."): x.detach().double() for k, x in weights.items()}
+    wte, nats, exact = w["wte.weight"].requires_grad_(), 0.0, torch.zeros_like(w["wte.weight"])
+    for rows in idx.split(max(1, 2048 // idx.shape[1])):
+        z = logits(w, rows[:, :-1], model.config.n_head).flatten(0, 1)
+        part = F.cross_entropy(z, rows[:, 1:].flatten(), reduction="sum") / idx[:, 1:].numel()
+        nats += part.item()
+        exact += torch.autograd.grad(part, wte)[0]
+    return {"loss": abs(loss.item() - nats),
+            "embedding's gradient": ((gradient - exact).norm() / exact.norm()).item()}
+
+
+def _ready(run: Callable, loss: Callable, model: GPT, idx: Tensor, runtime: rt.Runtime) -> Ready:
+    """The step `run`, warm, and the errors of its loss()."""
+    n, check = idx[:, 1:].numel(), _errors(model, loss(), idx)
+    for _ in range(3):
+        run()
+    check["parameters"] = sum(p.numel() for p in model.parameters())
+    if peak := throughput.peak_flops(runtime):
+        flops = throughput.model_flops(model, n, n * (idx.shape[1] - 1), n)
+        check["seconds at the device's peak"] = flops / peak
+    return Ready(run, n, "token", check)
 
 
 def step(case: dict) -> Ready:
     """A training step of train_pretrain.py; compiled on a GPU, as --compile has it."""
-    runtime, idx = _batch(case)
-    core = _model(case, "nano", runtime)
+    runtime, core, idx = _setting(case, "nano")
     model = torch.compile(core) if case["device"] == "cuda" else core
     optimizers = optim.make_optimizers(core, lr=1e-3, muon_lr=1e-3, weight_decay=0.1,
                                        betas=(0.9, 0.98), dtype=runtime.dtype)
 
-    def loss() -> torch.Tensor:
-        x = idx.to(runtime.device)
-        return -linear_logprob(model(x[:, :-1]), core.head.weight, x[:, 1:]).logp.mean()
+    def loss() -> Tensor:
+        with runtime.autocast():
+            return -linear_logprob(model(idx[:, :-1]), core.head.weight, idx[:, 1:]).logp.mean()
 
     def run() -> None:
-        with runtime.autocast():
-            total = loss()
-        gradient_step(total, core.parameters(), optimizers, step=1, out=None, max_grad_norm=1.0)
+        gradient_step(loss(), core.parameters(), optimizers, step=1, out=Path(), max_grad_norm=1.0)
+        core.zero_grad()  # so that the memory of a run is with the gradients
 
-    check = _check(case, core, loss, runtime)
-    for _ in range(3):
-        run()
-    return Ready(run, case["B"] * case["T"], "token", check)
+    return _ready(run, loss, core, idx, runtime)
 
 
 def plain(case: dict) -> Ready:
     """GPT-2's switches, whole logits, one fused AdamW, all of it compiled: nanoGPT's loop."""
-    runtime, idx = _batch(case)
-    core = _model(case, "gpt2", runtime)
+    runtime, core, idx = _setting(case, "gpt2")
     optimizer = torch.optim.AdamW(core.parameters(), lr=6e-4, betas=(0.9, 0.95), fused=True)
 
     @torch.compile
-    def forward(x: torch.Tensor) -> torch.Tensor:
+    def forward(x: Tensor) -> Tensor:
         logits = core.head(core(x[:, :-1]))
         return F.cross_entropy(logits.flatten(0, 1).float(), x[:, 1:].flatten())
 
-    def loss() -> torch.Tensor:
-        return forward(idx.to(runtime.device))
+    def loss() -> Tensor:
+        with runtime.autocast():
+            return forward(idx)
 
     def run() -> None:
-        with runtime.autocast():
-            total = loss()
-        total.backward()
+        loss().backward()
         torch.nn.utils.clip_grad_norm_(core.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
-    check = _check(case, core, loss, runtime)
-    for _ in range(3):
-        run()
-    return Ready(run, case["B"] * case["T"], "token", check)
+    return _ready(run, loss, core, idx, runtime)
 
 
 def loader(case: dict) -> Ready:
@@ -205,7 +256,7 @@ def loader(case: dict) -> Ready:
     data = Path(case["data"])
     shard = Shard.open(data / "train.bin", Tokenizer.load(data))
     sizes = {"batch_size": case["B"], "block_size": case["T"], "seed": 0}
-    steps = iter(range(1 << 30))
+    steps = itertools.count()
     return Ready(lambda: lm_batch(shard, next(steps), **sizes), case["B"] * case["T"], "token", {})
 
 

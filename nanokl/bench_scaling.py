@@ -1,23 +1,15 @@
 """How cost grows: of the log-prob op with V and N, of a training step with model size and T.
 
 The op is that of bench_logprob.py, with its inputs and its checks, in float32. A training step is
-that of train_pretrain.py (forward, backward, clipping, optimisers; bfloat16 where that is fast) on
-random tokens, as many in each; its check is the loss against the one of the whole logits. Its
-memory is beyond weights and optimiser states, with the gradients.
+that of bench_pretrain.py (forward, backward, clipping, optimisers; bfloat16 where that is fast),
+with its checks, as many tokens in each. Its memory is beyond weights and optimiser states, with the
+gradients.
 """
 
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-
-from nanokl import UserError, bench_logprob, optim
-from nanokl import runtime as rt
-from nanokl.bench import Ready
+from nanokl import UserError, bench_logprob, bench_pretrain
 from nanokl.figures import GRID, INK, MUTED, OURS, YARD
-from nanokl.gpt import GPT, GPTConfig
-from nanokl.logprob import linear_logprob
-from nanokl.training import gradient_step
 
 SIZES = ((2, 128), (4, 256), (6, 384), (8, 512))  # layers, width
 LABELS = {"V": "vocabulary V (N 1,024, d 256)", "N": "tokens N (V 8,192, d 256)",
@@ -29,10 +21,10 @@ def _op(n: int, v: int, *axes: str) -> dict:
             "outputs": ["logp"], "axes": list(axes), "variants": ("nanokl", "naive")}
 
 
-def _model(n_layer: int, n_embd: int, t: int, tokens: int, *axes: str, **keys) -> dict:
+def _model(n_layer: int, n_embd: int, t: int, tokens: int, *axes: str) -> dict:
     name = f"step: {n_layer} layers, {n_embd} wide, T {t}"
-    return {"name": name, "n_layer": n_layer, "n_embd": n_embd, "T": t, "B": tokens // t, "V": 4096,
-            "axes": list(axes), "variants": ("training step",), **keys}
+    return {"name": name, "n_layer": n_layer, "n_head": n_embd // 32, "n_embd": n_embd, "T": t,
+            "B": tokens // t, "V": 4096, "axes": list(axes), "variants": ("training step",)}
 
 
 CASES = (
@@ -45,36 +37,8 @@ CASES = (
 )  # fmt: skip
 
 
-def _step(case: dict) -> Ready:
-    runtime = rt.setup(case["device"])
-    config = GPTConfig(vocab_size=case["V"], block_size=case["T"], n_layer=case["n_layer"],
-                       n_head=case["n_embd"] // 32, n_embd=case["n_embd"])
-    model = GPT(config, rt.generator(0, "weights")).to(runtime.device)
-    optimizers = optim.make_optimizers(model, lr=1e-3, muon_lr=1e-3, weight_decay=0.1,
-                                       betas=(0.9, 0.98), dtype=runtime.dtype)
-    idx = torch.randint(case["V"], (case["B"], case["T"] + 1), generator=rt.generator(0, "idx"))
-    idx = idx.to(runtime.device)
-
-    def loss() -> torch.Tensor:
-        with runtime.autocast():
-            return -linear_logprob(model(idx[:, :-1]), model.head.weight, idx[:, 1:]).logp.mean()
-
-    with torch.no_grad(), runtime.autocast():
-        logits = model.logits(model(idx[:, :-1]))
-        error = abs(F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten()) - loss())
-    parameters = list(model.parameters())
-
-    def run() -> None:
-        gradient_step(loss(), parameters, optimizers, max_grad_norm=1.0, step=0, out=Path("."))
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-
-    n = sum(p.numel() for p in parameters)
-    return Ready(run, case["B"] * case["T"], "token", {"loss": float(error), "parameters": n})
-
-
 VARIANTS = {name: bench_logprob.VARIANTS[name] for name in ("nanokl", "naive")}
-VARIANTS["training step"] = _step
+VARIANTS["training step"] = bench_pretrain.step
 
 
 def _points(result: dict, axis: str, name: str, key: str) -> tuple[list[float], list[float]]:

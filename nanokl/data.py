@@ -77,13 +77,6 @@ class Shard:
         return cls(tokens, np.asarray(starts), header["n_bytes"])
 
 
-def write_shard(path, docs: Iterable[Sequence[int]], tokenizer: Tokenizer, n_bytes: int) -> int:
-    """Write documents (token ids, none empty) as one shard as they come; return its n_tokens."""
-    separator = [tokenizer.special("<|endoftext|>")]
-    parts = ((np.concatenate((separator, doc)), 0) for doc in docs)
-    return write_parts(path, chain([(np.array([], int), n_bytes)], parts), tokenizer)["n_tokens"]
-
-
 def write_parts(path, parts: Iterable[tuple[np.ndarray, int]], tokenizer: Tokenizer) -> dict:
     """Write a shard in parts of any length: ids with each document's separator, and UTF-8 bytes.
 
@@ -112,14 +105,6 @@ def write_parts(path, parts: Iterable[tuple[np.ndarray, int]], tokenizer: Tokeni
     return header
 
 
-def _windows(lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut documents into n = ceil(length / size) windows: (document, k of n, n), each (N,)."""
-    n = np.maximum(1, -(-lengths // size))
-    doc = np.repeat(np.arange(len(n)), n)
-    k = np.arange(len(doc)) - np.repeat(np.cumsum(n) - n, n)
-    return doc, k, n[doc]
-
-
 @lru_cache(maxsize=2)
 def _epoch(n: int, seed: int, stream: str, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """An epoch's order of n windows and a uniform number for each; a memo of a pure function."""
@@ -130,16 +115,16 @@ def _epoch(n: int, seed: int, stream: str, epoch: int) -> tuple[np.ndarray, np.n
 
 @lru_cache(maxsize=2)
 def _first_windows(shard: Shard, skip: int, size: int) -> np.ndarray:
-    """(n_docs + 1,) the numbers of all documents' first windows; a memo, being O(n_docs)."""
+    """(n_docs + 1,) the number of each document's first window; a memo, being O(n_docs).
+
+    A document, less its first `skip` tokens, is cut into ceil(length / size) windows.
+    """
     n = np.maximum(1, -(-(shard.lengths - skip) // size))
     return np.concatenate(([0], np.cumsum(n)))
 
 
 def _draw(shard: Shard, skip: int, size: int, rows: np.ndarray, seed: int, stream: str):
-    """Starts and lengths of the windows at places `rows` of the endless shuffled sequence.
-
-    Each document is cut as `_windows` does, less its first `skip` tokens. Costs O(rows).
-    """
+    """Starts and lengths of the windows at places `rows` of the endless shuffle; O(rows)."""
     first = _first_windows(shard, skip, size)
     window, u = np.empty_like(rows), np.empty(len(rows))
     for epoch in np.unique(rows // first[-1]):
@@ -165,13 +150,15 @@ def _gather(tokens: np.ndarray, start: np.ndarray, length: np.ndarray, fill: int
     return np.where(mask, idx, fill), mask
 
 
-def _cover(lengths: np.ndarray, size: int, batch_size: int) -> Iterator[tuple[np.ndarray, ...]]:
-    """All windows once, as (document, offset, length) of each batch: the longest come first."""
-    doc, k, _ = _windows(lengths, size)
-    length = np.minimum(lengths[doc] - k * size, size)
+def _cover(shard: Shard, skip: int, size: int, batch_size: int) -> Iterator[tuple]:
+    """All windows once, as starts and lengths of each batch: the longest come first."""
+    first = _first_windows(shard, skip, size)
+    doc = np.repeat(np.arange(len(first) - 1), np.diff(first))
+    offset = skip + size * (np.arange(first[-1]) - first[doc])
+    start, length = shard.starts[doc] + offset, np.minimum(shard.lengths[doc] - offset, size)
     by_length = np.argsort(-length, kind="stable")  # so that little is padding
     for rows in np.split(by_length, range(batch_size, len(doc), batch_size)):
-        yield doc[rows], k[rows] * size, length[rows]
+        yield start[rows], length[rows]
 
 
 def _check_sizes(batch_size: int, block_size: int, least: int = 1) -> None:
@@ -193,8 +180,8 @@ def lm_batch(shard: Shard, step: int, *, batch_size: int, block_size: int, seed:
 def eval_batches(shard: Shard, *, block_size: int, batch_size: int) -> Iterator:
     """Windows of T <= block_size, every token scored once: yields idx (B, T + 1), mask (B, T)."""
     _check_sizes(batch_size, block_size)
-    for doc, offset, length in _cover(shard.lengths, block_size, batch_size):
-        idx, mask = _gather(shard.tokens, shard.starts[doc] + offset, length + 1, shard.tokens[0])
+    for start, length in _cover(shard, 0, block_size, batch_size):
+        idx, mask = _gather(shard.tokens, start, length + 1, shard.tokens[0])
         yield torch.from_numpy(idx), torch.from_numpy(mask[:, 1:])
 
 
@@ -257,8 +244,8 @@ def mlm_eval_batches(shard: Shard, tokenizer: Tokenizer, *, block_size: int, bat
     """Every text token in exactly one row; 15 % masks fixed by the seed, whatever batch_size."""
     _check_sizes(batch_size, block_size, 3)
     rng = generator(seed, "mlm-eval")
-    for doc, offset, length in _cover(shard.lengths - 1, block_size - 2, batch_size):
-        yield _masked(shard, tokenizer, shard.starts[doc] + 1 + offset, length, rng, 0.15)
+    for start, length in _cover(shard, 1, block_size - 2, batch_size):
+        yield _masked(shard, tokenizer, start, length, rng, 0.15)
 
 
 def text_batch(tokenizer: Tokenizer, texts: Sequence[str], *, block_size: int):

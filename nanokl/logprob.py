@@ -110,26 +110,26 @@ class _LinearLogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan, y, *flat):
         ctx.set_materialize_grads(False)
-        ctx.plan, ctx.h_dtype, ctx.kept = plan, flat[0].dtype, None
+        ctx.plan, ctx.h_dtype = plan, flat[0].dtype
         heads, n = _heads(flat, plan), len(y)
         stats = [flat[0].new_zeros(n, 1, dtype=plan.stats) for _ in range(7)]
         # A process's first exp, if several threads share it, has errors of 1e-4 in one of seven
         # processes (torch 2.13 with MKL); after one in a single thread it had none in 40.
         stats[0][:1].exp()
+        function = _compile(_forward_rows) if plan.compiled else _forward_rows
         buffers = _buffers(heads, plan)
         for block in _blocks(n, plan.rows):
             keep = plan.keep and block.stop == n
             for i, g, *products in _tiles(heads, block, buffers, plan):
-                for stat, of_rows in zip(stats, _rows(_forward_rows, plan)(
-                        plan, keep, y[i], g, *products), strict=True):
+                for stat, of_rows in zip(stats, function(plan, keep, y[i], g, *products),
+                                         strict=True):
                     if of_rows is not None:
                         stat[i] = of_rows
                 if keep:
                     _put(g, y[i], stats[0][i].expm1())
-        if plan.keep:
-            # Not saved_for_backward: the first backward takes it and uses its memory, a second
-            # one makes it again.
-            ctx.kept = buffers[0]
+        # Not saved_for_backward: the first backward takes it and uses its memory, a second one
+        # makes it again.
+        ctx.kept = buffers[0] if plan.keep else None
         logp, lse, H, KL = stats[:4]
         ctx.save_for_backward(y, *stats, *(t for head in heads for t in head))
         return logp, lse, H if plan.entropy else None, KL if len(heads) > 1 else None
@@ -162,10 +162,11 @@ def _dlogits(saved: tuple, upstream: tuple, kept: Tensor | None,
     rows = (logp, m, total) if plain else (lse, lse_q, a, s - a - e * H - k * KL, k - e, k)
     heads = _heads(flat, plan)[: 1 if upstream[3] is None else 2]
     buffers = _buffers(heads, plan, kept)
+    function = _plain_backward_rows if plain else _backward_rows
+    function = _compile(function) if plan.compiled else function
     for block in reversed(_blocks(len(y), plan.rows)):
         if not (plain and kept is not None and block.stop == len(y)):
             for i, g, *products in _tiles(heads, block, buffers, plan):
-                function = _rows(_plain_backward_rows if plain else _backward_rows, plan)
                 _put(g, y[i], function(plan, y[i], [t[i] for t in rows], g, *products))
         yield block, buffers[0][: block.stop - block.start], scale[block]
 
@@ -218,10 +219,6 @@ def _put(dz: Tensor, y: Tensor, dz_y: Tensor) -> None:
 @functools.cache
 def _compile(function: Callable) -> Callable:
     return torch.compile(function)
-
-
-def _rows(function: Callable, plan: _Plan) -> Callable:
-    return _compile(function) if plan.compiled else function
 
 
 def _heads(flat: tuple, plan: _Plan) -> list[tuple]:

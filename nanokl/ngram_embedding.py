@@ -65,18 +65,17 @@ class NgramEmbedding(nn.Module):
             table.weight.data[0] = 0.0
 
     def forward(self, idx: Tensor) -> Tensor:
-        """idx (B, T) -> (B, T, C). In training each n-gram of each position is dropped at times:
+        """idx (B, T) -> (B, T, C). In training n-grams are dropped at random, position by position:
 
-        it will be missing in some new text, where one of n - 1 tokens must do.
+        a new text lacks some of them, and shorter ones must do there.
         """
-        (B, T), total = idx.shape, 0.0
+        total = 0.0
         for n, table in enumerate(self.tables, 2):
             known = getattr(self, f"keys_{n}")
-            keys = ngram_keys(idx, min(n, T), self.vocab_size)  # (B, T - n + 1)
+            # before the beginning is -1, a digit 0 of the key, which no n-gram has
+            keys = ngram_keys(F.pad(idx, (n - 1, 0), value=-1), n, self.vocab_size)  # (B, T)
             row = torch.searchsorted(known, keys).clamp(max=len(known) - 1)
             row = torch.where(known[row] == keys, row + 1, 0)
-            row = F.pad(row, (n - 1, 0))[:, -T:] if n <= T else torch.zeros_like(idx)
-            kept = F.dropout(idx.new_ones(B, T, 1, dtype=torch.float32), self.dropout,
-                             self.training)
-            total = total + table(row) * kept
+            kept = F.dropout(torch.ones_like(row, dtype=torch.float32), self.dropout, self.training)
+            total = total + table(row) * kept[..., None]
         return total

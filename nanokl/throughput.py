@@ -6,8 +6,6 @@ out: profiling, what padding and recomputation cost the device (they are no usef
 
 import statistics
 import time
-from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -91,15 +89,6 @@ class Meter:
             rates["mfu"] = model_flops(self.model, *work) / self.seconds / self.peak
         self._restart()
         return rates
-
-
-def seconds_per_batch(draw: Callable[[int], object], n: int = 100) -> float:
-    """Median time of draw(step), say a lambda around lm_batch, over steps 0 to n - 1."""
-    times = [time.perf_counter()]
-    for step in range(n):
-        draw(step)
-        times.append(time.perf_counter())
-    return statistics.median(b - a for a, b in pairwise(times))
 
 
 def medians(log: Path) -> dict:

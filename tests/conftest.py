@@ -1,4 +1,7 @@
-"""Programs as processes of their own, at 30 ms each: forks of one process that has torch loaded."""
+"""Programs as processes of their own, at 30 ms each: forks of one process that has torch loaded.
+
+And `untuned`, for those that call in their own process what is meant for one of its own.
+"""
 
 import multiprocessing
 import os
@@ -49,6 +52,17 @@ def wait_for_rows(path: Path, n: int, process) -> None:
     while not path.exists() or path.read_bytes().count(b"\n") < n:
         assert process.is_alive(), f"ended with {process.exitcode} before {n} rows of {path}"
         time.sleep(0.001)
+
+
+@pytest.fixture
+def untuned(monkeypatch):
+    """Set-ups in the tests' own process leave it its denormals, its allocator and its threads."""
+    import torch
+
+    monkeypatch.setattr("nanokl.runtime._tune_cpu", lambda: None)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @dataclass

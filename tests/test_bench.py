@@ -20,17 +20,12 @@ TINY = {case["name"]: {**case, "device": "cpu"} for case in bench_logprob.CASES
 HERE = [name for name in bench_logprob.VARIANTS
         if name not in bench_logprob.ENVIRONMENT and "compiled" not in name]  # fmt: skip
 TEXT = " ".join(f"the cat number {i} sat on the mat; the rat ran {i * i} times." for i in range(60))
+pytestmark = pytest.mark.usefixtures("untuned")
 
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory) -> Python:
     return Python(ROOT, tmp_path_factory.mktemp("logs"))
-
-
-@pytest.fixture(autouse=True)
-def untuned(monkeypatch):
-    """Set-ups run in this process here: it keeps its denormals and its allocator."""
-    monkeypatch.setattr("nanokl.runtime._tune_cpu", lambda: None)
 
 
 @pytest.fixture
@@ -146,6 +141,20 @@ def test_an_answer_may_not_take_for_ever(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "TIMEOUT", 0.01)
     with Worker(sys.executable, "bpe", {"device": "cpu"}, "nanokl", tmp_path / "log") as worker:
         assert worker.ask() == {"failed": "its process ended with status -9"}
+
+
+@pytest.mark.skipif(shutil.which("sh") is None, reason="no shell")
+@pytest.mark.parametrize("ending", ["", "kill -9 $$"])
+def test_what_a_worker_leaves_behind_goes(tmp_path, ending):
+    """Whether it ends by itself or is killed."""
+    script = tmp_path / "python"
+    script.write_text(f'#!/bin/sh\nmkdir "$TMPDIR/left"\necho "$TMPDIR/left" >&2\n{ending}\n')
+    script.chmod(0o755)
+    with Worker(str(script), "bpe", {"device": "cpu"}, "nanokl", tmp_path / "log") as worker:
+        assert "its process ended with status" in worker.ask()["failed"]
+        left = Path((tmp_path / "log").read_text().strip())
+        assert left.is_dir()
+    assert not left.parent.exists()
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="not Linux")
@@ -265,7 +274,7 @@ def test_scaling_draws_what_was_measured(tmp_path):
     step = next(case for case in bench_scaling.CASES if case["name"] == "tiny step")
     ready = bench_scaling.VARIANTS["training step"]({**step, "device": "cpu"})
     ready.run()
-    assert ready.units == 64 and ready.check["loss"] < 1e-4
+    assert ready.units == 64 and ready.check["loss"] < 1e-3
     result = {"cases": []}
     for case in bench_scaling.CASES:  # as if time grew with V and N; one variant has failed
         rows = [{"name": name, "seconds_median": 1e-6 * case.get("N", 1) * case["V"],

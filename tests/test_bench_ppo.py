@@ -13,15 +13,7 @@ GENERATE = {"name": "tiny", "model": TINY, "batch": 4, "prompt": 3, "new": 5, "d
 PPO = {"name": "tiny", "model": TINY, "prompt": 3, "new": 5, "batch": 8, "epochs": 2, "beta": 0.1,
        "device": "cpu"}  # fmt: skip
 OBJECTIVE = {**PPO, "iterations": 3, "seed": 1, "samples": 64, "lr": 1e-3}
-
-
-@pytest.fixture(autouse=True)
-def _same_process():
-    """Set-ups may change the number of threads, and denormals, for good."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(False)
+pytestmark = pytest.mark.usefixtures("untuned")
 
 
 @pytest.fixture

@@ -11,16 +11,12 @@ from conftest import ROOT
 
 from nanokl import bench, bench_pretrain
 from nanokl.data import Shard
+from nanokl.logprob import linear_logprob
 from nanokl.tokenizer import Tokenizer
 
 TEXT = " ".join(f"the cat number {i} sat on the mat; the rat ran {i * i} times." for i in range(99))
 STEP = {"n_layer": 1, "n_head": 2, "n_embd": 16, "T": 16, "B": 4, "V": 64, "device": "cpu"}
-
-
-@pytest.fixture(autouse=True)
-def untuned(monkeypatch):
-    """Set-ups run in this process here: it keeps its denormals and its allocator."""
-    monkeypatch.setattr("nanokl.runtime._tune_cpu", lambda: None)
+pytestmark = pytest.mark.usefixtures("untuned")
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +48,34 @@ def test_evaluation_scores_each_token_once(data):
     assert bench_pretrain.evaluate(model, shard) == pytest.approx(sum(nats) / len(nats), rel=1e-5)
 
 
-@pytest.mark.parametrize("variant", ["nanokl", "its loader"])
-def test_a_step_is_ready(data, variant):
-    ready = bench_pretrain.VARIANTS[variant]({**STEP, "data": data})
+def test_the_loader_draws_as_many_tokens(data):
+    ready = bench_pretrain.VARIANTS["its loader"]({**STEP, "data": data})
+    assert ready.run().shape == (4, 17) and ready.units == 64
+
+
+def step(monkeypatch, variant: str, dtype: str = "float32") -> bench.Ready:
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    return bench_pretrain.VARIANTS[variant]({**STEP, "dtype": dtype})
+
+
+@pytest.mark.parametrize("variant", ["nanokl", "plain"])
+@pytest.mark.parametrize(("dtype", "limits"), [
+    ("float32", (2e-6, 1e-5)), ("bfloat16", (2e-3, 3e-2))])
+def test_a_step_is_right(monkeypatch, variant, dtype, limits):
+    ready = step(monkeypatch, variant, dtype)
     ready.run()
-    assert ready.units == 64 and ready.unit == "token"
-    if variant == "nanokl":
-        assert ready.check["nats at the start / log V"] == pytest.approx(1, abs=0.1)
+    assert ready.units == 64 and ready.unit == "token" and ready.check["parameters"] > 4000
+    assert ready.check["loss"] < limits[0]
+    assert 0 < ready.check["embedding's gradient"] < limits[1]
+
+
+@pytest.mark.parametrize("fault", [
+    ("nanokl.transformer.rotate", lambda x, table: x),
+    ("nanokl.transformer.SquaredReLU.backward", lambda ctx, grad: grad * ctx.saved_tensors[0]),
+    ("nanokl.bench_pretrain.linear_logprob", lambda h, w, y: linear_logprob(h, w, y.roll(1, 1)))])
+def test_a_wrong_step_shows(monkeypatch, fault):
+    monkeypatch.setattr(*fault)
+    assert step(monkeypatch, "nanokl").check["embedding's gradient"] > 0.03
 
 
 def test_a_program_runs_whole_and_tells_its_loss(data):

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import time
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,6 @@ from nanokl.data import (
     mlm_eval_batches,
     text_batch,
     write_parts,
-    write_shard,
 )
 from nanokl.runtime import generator
 from nanokl.tokenizer import SPECIALS, train_bpe
@@ -37,6 +37,13 @@ class Numbers:
 
     def special(self, name):
         return self.n + SPECIALS.index(name)
+
+
+def write_shard(path, docs, tokenizer, n_bytes):
+    """Writes documents (token ids) one by one; the number of tokens."""
+    separator = [tokenizer.special("<|endoftext|>")]
+    parts = ((np.concatenate((separator, doc)), 0) for doc in docs)
+    return write_parts(path, chain([(np.array([], int), n_bytes)], parts), tokenizer)["n_tokens"]
 
 
 def make_shard(folder, lengths, n=None):

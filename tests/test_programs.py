@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -438,6 +439,27 @@ def test_a_policy_that_its_last_update_broke_is_not_saved(python, demo, tmp_path
                   "--muon_lr", 1e20, "--n_epoch", 1, "--minibatch", 16, "--batch", 16)  # fmt: skip
     python.fails(*words, status=3, says=["step 1", "no checkpoint before it"])
     assert not (tmp_path / "out" / "last").exists()
+
+
+# -------------------------------------------------------------------------------------- --compile
+HEADER = Path(sysconfig.get_paths()["include"]) / "Python.h"
+
+
+@pytest.mark.skipif(not (shutil.which("g++") and HEADER.is_file()),
+                    reason="no g++, or no Python.h: torch.compile needs both on a CPU")
+def test_a_compiled_run_has_the_same_losses(python, demo, tmp_path):
+    flags = ["--ngrams", 3, "--ngram_dropout", 0]  # compiled code draws numbers of its own
+    python.ok(*stage("gpt", tmp_path / "plain", *flags))
+    python.ok(*stage("gpt", tmp_path / "compiled", *flags), "--compile",
+              TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    assert list((tmp_path / "cache").rglob("*.so")), "nothing was compiled"
+    for a, b in zip(rows(tmp_path / "plain"), rows(tmp_path / "compiled"), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key] == pytest.approx(b[key], rel=1e-4), key
+    losses = [row["loss_nats_per_token"] for row in rows(tmp_path / "compiled")
+              if "loss_nats_per_token" in row]  # fmt: skip
+    assert len(losses) == 6 and losses[-1] < losses[0] - 0.01
 
 
 # ---------------------------------------------------------------------------------- two processes

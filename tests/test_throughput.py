@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanokl import bert, gpt, throughput
 from nanokl.runtime import Runtime
-from nanokl.throughput import Meter, medians, model_flops, peak_flops, seconds_per_batch
+from nanokl.throughput import Meter, medians, model_flops, peak_flops
 
 SIZES = {"vocab_size": 37, "block_size": 16, "n_layer": 3, "n_head": 2, "n_embd": 8}
 B, T = 5, 16
@@ -108,13 +108,6 @@ def test_meter_without_a_known_peak_has_no_mfu(clock):
         meter.loaded(torch.tensor([4]), 4)
         clock[0] += 1.0
     assert meter.rates() == {"tokens_seen": 4, "loader_share": 0.0, "tokens_per_second": 4}
-
-
-def test_seconds_per_batch_is_a_median(clock):
-    def draw(step):
-        clock[0] += 100.0 if step == 0 else step  # the first one maps the file
-
-    assert seconds_per_batch(draw, n=5) == 3.0
 
 
 def test_medians_over_the_rows_that_have_them(tmp_path):
