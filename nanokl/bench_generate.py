@@ -28,7 +28,8 @@ from nanokl.gpt import GPT, PRESETS
 
 SMALL = {"n_layer": 6, "n_head": 4, "n_embd": 256, "vocab_size": 4096, "block_size": 64}
 GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257, "block_size": 1024}
-ON_CPU = ["nanokl compiled", "nanokl", "nanokl float32", "transformers bfloat16", "transformers float32"]
+ON_CPU = ["nanokl compiled", "nanokl", "nanokl float32", "transformers bfloat16",
+          "transformers float32"]
 CASES = (
     {"name": "6 x 256", "model": SMALL, "batch": 64, "prompt": 16, "new": 48, "device": "cpu",
      "variants": ON_CPU},

@@ -3,8 +3,7 @@
 Logits z = (h W^T + b) / T give log p = z - lse with lse = log sum_v exp z_v. `linear_logprob`
 takes blocks of rows (tokens) and the whole vocabulary of each, so every statistic is exact in one
 pass. All blocks share one buffer: backward finds the last one as forward left it, and makes the
-others' logits again. Also: means and whitening under a mask. Left out: second derivatives,
-soft-caps, a sharded V.
+others' logits again. Left out: second derivatives, soft-caps, a sharded V.
 """
 
 import functools
@@ -298,15 +297,3 @@ def _add_mm(total: Tensor | None, a: Tensor, b: Tensor, plan: _Plan) -> Tensor:
         product = _mm(part, b, b.new_empty(here.shape, dtype=plan.product))
         torch.add(product, 0 if first else here, out=here)
     return total
-
-
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x where mask is True, whatever lies elsewhere; 0 (with a graph) where none is."""
-    return torch.where(mask, x, 0).sum() / mask.sum().clamp(min=1)
-
-
-# (x - mean) / sqrt(var + 1e-8), var biased like TensorFlow's moments, which PPO's settings assume
-def masked_whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """x at mean 0 and variance 1 over the True tokens; 0 elsewhere."""
-    x = x - masked_mean(x, mask)
-    return torch.where(mask, x * (masked_mean(x.square(), mask) + 1e-8).rsqrt(), 0)

@@ -3,7 +3,7 @@
 One batch goes through rollout -> score -> measure -> advantages -> a few epochs of minibatches.
 All per-token tensors are (B, T-1), aligned with logp, and True in `mask` marks the response.
 Ziegler et al. arXiv:1909.08593; Schulman et al. arXiv:1707.06347. Left out: rewards inside the
-response, a separate critic network.
+response, a critic that starts from other weights than the reference's.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from torch import Tensor
 from nanokl import UserError, require_positive
 from nanokl.generate import Rollout, generate
 from nanokl.gpt import GPT
-from nanokl.logprob import linear_logprob, masked_mean, masked_whiten
+from nanokl.logprob import linear_logprob
 from nanokl.reward import RewardFunction, check_scores
 
 
@@ -100,6 +100,18 @@ def gae(reward: Tensor, value: Tensor, mask: Tensor, *, gamma: float,
         next_value = value[:, t] * mask[:, t]
         adv[:, t] = next_adv
     return adv, (adv + value) * mask
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of x where mask is True, whatever lies elsewhere; 0 (with a graph) where none is."""
+    return torch.where(mask, x, 0).sum() / mask.sum().clamp(min=1)
+
+
+# (x - mean) / sqrt(var + 1e-8), var biased like TensorFlow's moments, which PPO's settings assume
+def masked_whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """x at mean 0 and variance 1 over the True tokens; 0 elsewhere."""
+    x = x - masked_mean(x, mask)
+    return torch.where(mask, x * (masked_mean(x.square(), mask) + 1e-8).rsqrt(), 0)
 
 
 # L = -mean min(rho adv, clip(rho, 1-eps, 1+eps) adv),  rho = exp(logp - logp_old).  eq. 7

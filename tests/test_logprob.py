@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanokl import logprob
-from nanokl.logprob import linear_logprob, masked_mean, masked_whiten
+from nanokl.logprob import linear_logprob
 
 NAMES = ("logp", "lse", "entropy", "kl")
 
@@ -452,18 +452,3 @@ def test_torch_compile_around_it():
     got = torch.compile(model, backend="aot_eager")(*head_batch())
     got.backward()
     assert_close([got, *(p.grad for p in model.parameters())], [want, *want_grads], 1e-6)
-
-
-# ---- masked statistics, estimators
-
-
-def test_masked_mean_and_whiten_by_hand():
-    x = torch.tensor([[1.0, torch.nan, 3.0], [8.0, torch.inf, 0.0]])
-    mask = torch.tensor([[True, False, True], [True, False, False]])
-    assert masked_mean(x, mask) == 4.0
-    sd = math.sqrt((9 + 1 + 16) / 3)  # biased
-    want = torch.tensor([[-3 / sd, 0, -1 / sd], [4 / sd, 0, 0]])
-    assert torch.allclose(masked_whiten(x, mask), want, atol=1e-6)
-    none = torch.zeros_like(mask)
-    assert masked_mean(x, none) == 0 and (masked_whiten(x, none) == 0).all()
-    assert (masked_whiten(torch.full((2, 3), 5.0), mask) == 0).all()

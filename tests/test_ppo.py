@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from nanokl import UserError
 from nanokl.generate import Rollout
 from nanokl.gpt import GPT
-from nanokl.logprob import masked_whiten
 from nanokl.ppo import (
     BetaController,
     Experience,
@@ -29,6 +28,8 @@ from nanokl.ppo import (
     gae,
     kl_penalised_reward,
     make_policy,
+    masked_mean,
+    masked_whiten,
     measure,
     minibatch_loss,
     policy_loss,
@@ -77,6 +78,18 @@ def spoil(x, mask, seed=0):
 
 
 # ------------------------------------------------------------------------- reward, GAE, losses
+def test_masked_mean_and_whiten_by_hand():
+    x = torch.tensor([[1.0, torch.nan, 3.0], [8.0, torch.inf, 0.0]])
+    mask = torch.tensor([[True, False, True], [True, False, False]])
+    assert masked_mean(x, mask) == 4.0
+    sd = math.sqrt((9 + 1 + 16) / 3)  # biased
+    want = torch.tensor([[-3 / sd, 0, -1 / sd], [4 / sd, 0, 0]])
+    assert torch.allclose(masked_whiten(x, mask), want, atol=1e-6)
+    none = torch.zeros_like(mask)
+    assert masked_mean(x, none) == 0 and (masked_whiten(x, none) == 0).all()
+    assert (masked_whiten(torch.full((2, 3), 5.0), mask) == 0).all()
+
+
 
 
 def test_reward_of_three_tokens_by_hand():
