@@ -189,8 +189,19 @@ def _keep_guards(guards) -> list[bool]:
             for guard in guards]
 
 
-def _capture(function):
-    """One call of function as a CUDA graph: its results, and what makes them again in place."""
+def _capture(function, rewind):
+    """One call of function as a CUDA graph: its results, and what makes them again in place.
+
+    Before it come two calls, rewound, on a stream of their own: they compile, and make libraries
+    allocate what they keep, which a capture must not see.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            function()
+            rewind()
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = function()
@@ -234,13 +245,12 @@ class Compiled:
             return lambda token, u: sample(self._on_cpu(cache, token, next(steps)), u, **sampling)
         key = (*cache.idx.shape, *sampling.values())
         if key not in self._graphs:
-            step = lambda token, u: sample(  # noqa: E731
-                self._next_logits(self.model, cache, token), u, **sampling)
+            step = lambda token, u: sample(self._step(cache, token), u, **sampling)  # noqa: E731
             self._graphs[key] = _Graph(step, cache)
         return self._graphs[key].begin(cache)
 
     def _on_cpu(self, cache, token: Tensor, n_seen: int) -> Tensor:
-        """_next_logits with packed weights, on the windows of the cache that hold n_seen tokens."""
+        """A step with packed weights, on the windows of the cache that hold n_seen tokens."""
         from torch._inductor import config  # takes a second
 
         cache.slots = torch.arange(-(-n_seen // WINDOW) * WINDOW)
@@ -248,6 +258,10 @@ class Compiled:
         with config.patch(freezing=True, max_autotune=True, max_autotune_gemm_backends="CPP,ATEN",
                           autotune_num_choices_displayed=0,
                           max_autotune_report_choices_stats=False):
+            return self._step(cache, token)
+
+    def _step(self, cache, token: Tensor) -> Tensor:
+        with torch._dynamo.config.patch(recompile_limit=256):  # shapes; 8 are too few
             return self._next_logits(self.model, cache, token)
 
 
@@ -259,11 +273,8 @@ class _Graph:
         self.cache, start = cache, cache.pos.clone()
         self.token = torch.zeros(B, dtype=torch.int64, device=device)
         self.u = torch.zeros(B, device=device)
-        for _ in range(2):  # compile, and let libraries allocate, before capture
-            step(self.token, self.u)
-            cache.pos.copy_(start)  # what was written there is written again
-        self.results, self.replay = _capture(lambda: step(self.token, self.u))
-        cache.pos.copy_(start)
+        self.results, self.replay = _capture(lambda: step(self.token, self.u),
+                                             lambda: cache.pos.copy_(start))
 
     def begin(self, cache):
         """Starts from another cache of the same shape."""
