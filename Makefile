@@ -105,7 +105,7 @@ data/shakespeare/meta.json: data/shakespeare/prepare.py | $(VENV)
 	$(PY) data/shakespeare/prepare.py $(SHAKESPEARE)
 	touch $@
 
-bench: $(VENV) .venv/peers/ready .venv/peers-ppo/ready data/shakespeare/meta.json ## 19   nanokl beside its peers: tables, and numbers in runs/bench
+bench: $(VENV) .venv/peers/ready .venv/peers-ppo/ready data/shakespeare/meta.json ## 20   nanokl beside its peers: tables, and numbers in runs/bench
 	for suite in $(SUITES); do $(PY) -m nanokl bench $$suite $(BENCH) || exit; done
 
 clean: ## 0    remove runs/ and the prepared data, keep .venv

@@ -12,9 +12,10 @@ and a docstring that says what is compared and what makes it fair.
 
 Each variant has a fresh process, so that none profits from another's memory. Those of a case live
 side by side and run in turn, A B C A B C, so that a machine that slows down slows all of them; the
-ratio of two is taken within a round. All have the machine's own allocator; MALLOC_MMAP_MAX_=0 and
-MALLOC_TRIM_THRESHOLD_=2147483647 around the program have all of them keep memory, as nanokl's
-programs do: on a CPU that is faster, for who builds large tensors most of all.
+ratio of two is taken within a round. All have the machine's own allocator, except for what sets
+nanokl's runtime up (generate, ppo, objective, training steps), which has it keep memory;
+MALLOC_MMAP_MAX_=0 and MALLOC_TRIM_THRESHOLD_=2147483647 around the program have all of them do
+so: on a CPU that is faster, for who builds large tensors most of all.
 """
 
 import contextlib
@@ -188,16 +189,16 @@ def run_rounds(workers: Sequence[Worker], rounds: int, seconds: float) -> None:
 
 # ratio = median over rounds of (seconds per unit of the variant / those of the first variant)
 def compare(rows: list[dict]) -> None:
-    """Adds to each row its median, and its ratio to the first row with the least and the most."""
+    """Adds to each row its median, and its ratio to the first that ran, with least and most."""
+    base = next((row for row in rows if row.get("seconds")), None)
     for row in rows:
         if "failed" in row or not row["seconds"]:
             continue
         row["seconds_median"] = statistics.median(row["seconds"])
         row["units_per_second"] = row["units"] / row["seconds_median"]
-        if rows[0].get("units_per_second"):
-            ratios = [(a / row["units"]) / (b / rows[0]["units"])
-                      for a, b in zip(row["seconds"], rows[0]["seconds"], strict=False)]
-            row["ratio"], row["ratio_range"] = statistics.median(ratios), [min(ratios), max(ratios)]
+        ratios = [(a / row["units"]) / (b / base["units"])
+                  for a, b in zip(row["seconds"], base["seconds"], strict=False)]
+        row["ratio"], row["ratio_range"] = statistics.median(ratios), [min(ratios), max(ratios)]
 
 
 def table(result: dict) -> str:

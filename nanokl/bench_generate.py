@@ -6,7 +6,8 @@ sampled at temperature 1 from the whole distribution, and there is no stop token
 float32 and in bfloat16, nanokl the way its programs do (weights in float32, products in the
 device's best dtype), transformers the faster way (all weights in bfloat16), with the cache that is
 its default and, on a GPU, also with the static one, which it compiles. "nanokl compiled" is the
-model that `Compiled` has made of it; the seconds of its first rollout stand beside its check.
+model that `Compiled` has made of it; the seconds of its first rollout stand beside its check, and
+its packed copy of the weights, like transformers' own in bfloat16, is not in its memory.
 
 check: largest error of the log-probs of sampled tokens, of a rollout's own for nanokl and of a full
 forward pass for transformers, against `plain_logits`: GPT-2 written once more, in float64, from

@@ -3,7 +3,7 @@
 A shard is `<|endoftext|> doc <|endoftext|> doc ... <|endoftext|>`: document i and its leading
 separator are tokens[starts[i]:starts[i + 1]], and starts[-1] is the closing separator. A resumed
 run needs the step only, no loader state. Tokens are read from the disk when a batch asks for them;
-in memory are 8 bytes a document and 12 a window. Left out: mixing weights, shards of many files.
+in memory are 8 bytes a document and 24 a window. Left out: mixing weights, shards of many files.
 """
 
 import json

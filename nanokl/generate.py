@@ -184,7 +184,10 @@ def _fill(out: Rollout, model, u: Tensor, stop: int | None, **sampling) -> None:
 
 
 def _keep_guards(guards) -> list[bool]:
-    """Compiled's own model never changes: of the guards on it, its weights' identity will do."""
+    """Compiled's own model never changes: of the guards on it, those on its weights will do.
+
+    They are there where weights are frozen into the code, as on a CPU, and tell models apart.
+    """
     return [not guard.name.startswith("model") or guard.guard_type == "ID_MATCH"
             for guard in guards]
 
@@ -212,9 +215,11 @@ class Compiled:
     """A model for many rollouts from fixed weights: a copy of it whose one-token step is compiled.
 
     Goes to `generate` in the model's place; make it under the same autocast. The first rollout of
-    each shape (batch, longest prompt + max_new_tokens) takes 10 to 40 s more. On a CPU the copy's
-    weights are packed for the matrix units, on a GPU a step is one CUDA graph. Rows that have
-    finished stay in the batch until all have. UserError for a model with n-gram embeddings.
+    a batch size and length (rounded up to WINDOW) takes up to a minute more. On a CPU it needs
+    torch 2.13 and a C++ compiler, and packs the weights for the matrix units; on a GPU a step is
+    one CUDA graph, kept with its cache for each shape. Finished rows stay in the batch until all
+    have. torch keeps the copy until `torch.compiler.reset()`. UserError for a model with n-gram
+    embeddings and for other devices.
     """
 
     def __init__(self, model):
@@ -222,12 +227,16 @@ class Compiled:
             raise UserError("a model with n-gram embeddings cannot be compiled for sampling: "
                             "give generate the model itself")
         device = model.head.weight.device
+        if device.type not in ("cpu", "cuda"):
+            raise UserError(f"sampling is not compiled on {device.type}: give generate the model")
         self.model = copy.deepcopy(_cast_once(model, device)).eval()
         self.config, self.head = self.model.config, self.model.head
         self.logits = self.model.logits
-        self._next_logits = torch.compile(_next_logits, fullgraph=True, dynamic=False,
-                                          options={"guard_filter_fn": _keep_guards})
         self._graphs = {} if device.type == "cuda" else None  # shape and sampling -> _Graph
+        # A graph's replays check no guards, and weights are not among those of a GPU.
+        options = {"guard_filter_fn": _keep_guards} if self._graphs is None else None
+        self._next_logits = torch.compile(_next_logits, fullgraph=True, dynamic=False,
+                                          options=options)
 
     def __call__(self, idx: Tensor, cache=None) -> Tensor:
         return self.model(idx, cache=cache)

@@ -291,8 +291,10 @@ def _add_mm(total: Tensor | None, a: Tensor, b: Tensor, plan: _Plan) -> Tensor:
         total = b.new_empty(len(a), b.shape[1], dtype=plan.stats)
     if total.dtype == a.dtype:
         return torch.addmm(total, a, b, beta=0 if first else 1, out=total)
-    rows = max(1, SUM_BYTES // (b.shape[1] * plan.product.itemsize))
-    for start in range(0, len(a), rows):  # a whole (V, C) product would leave the caches
+    # a whole (V, C) product would leave a CPU's caches; a GPU has few, and launches cost
+    whole = total.device.type != "cpu"
+    rows = len(a) if whole else max(1, SUM_BYTES // (b.shape[1] * plan.product.itemsize))
+    for start in range(0, len(a), rows):
         part, here = a[start : start + rows], total[start : start + rows]
         product = _mm(part, b, b.new_empty(here.shape, dtype=plan.product))
         torch.add(product, 0 if first else here, out=here)

@@ -6,8 +6,10 @@ And `untuned`, for those that call in their own process what is meant for one of
 import multiprocessing
 import os
 import runpy
+import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,10 @@ FORKS.set_forkserver_preload(PRELOAD)
 # of the make or torchrun above these tests, and nothing may be fetched
 FOREIGN = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "RANK", "WORLD_SIZE", "LOCAL_RANK")
 OURS = {"OMP_NUM_THREADS": "1", "PIP_NO_INDEX": "1", "CUDA_VISIBLE_DEVICES": ""}
+HEADER = Path(sysconfig.get_paths()["include"]) / "Python.h"
+needs_compiler = pytest.mark.skipif(
+    not (shutil.which("g++") and HEADER.is_file()),
+    reason="no g++, or no Python.h: torch.compile needs both on a CPU")
 
 
 def environment(**more: str) -> dict[str, str]:

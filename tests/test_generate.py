@@ -5,7 +5,6 @@ Statistical tests have a fixed seed; the odds given are of a false alarm under a
 
 import itertools
 import math
-import shutil
 from functools import partial
 from types import SimpleNamespace
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_transformer import one_thread, randomise, rng, tokens  # noqa: F401
@@ -407,7 +407,7 @@ def assert_same(got: Rollout, want: Rollout):
     torch.testing.assert_close(got.logp, want.logp, rtol=0, atol=1e-5)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+@needs_compiler
 def test_compiled_rollouts_equal_those_of_the_model():
     """Through two windows of the cache, ragged, with rows that stop."""
     config = GPTConfig(**SIZES | PRESETS["gpt2"] | {"block_size": 48, "n_layer": 1})

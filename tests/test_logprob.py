@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from conftest import needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -315,6 +316,7 @@ def test_a_second_backward_gives_the_same(autocast):
     assert_close(torch.autograd.grad(loss, (h, w, b)), first, 1e-6)
 
 
+@needs_compiler
 @pytest.mark.parametrize(("plain", "autocast"), [(True, True), (False, False)])
 def test_compiled_rows_equal_eager_ones(plain, autocast, monkeypatch):
     """The pointwise passes as a GPU has them, fused by torch.compile; here for the CPU."""

@@ -13,13 +13,12 @@ import shutil
 import signal
 import socket
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, Python, wait_for_rows
+from conftest import ROOT, Python, needs_compiler, wait_for_rows
 from test_corpus import fake_files, fake_sdist
 
 from nanokl import checkpoint, data, throughput
@@ -442,11 +441,7 @@ def test_a_policy_that_its_last_update_broke_is_not_saved(python, demo, tmp_path
 
 
 # -------------------------------------------------------------------------------------- --compile
-HEADER = Path(sysconfig.get_paths()["include"]) / "Python.h"
-
-
-@pytest.mark.skipif(not (shutil.which("g++") and HEADER.is_file()),
-                    reason="no g++, or no Python.h: torch.compile needs both on a CPU")
+@needs_compiler
 def test_a_compiled_run_has_the_same_losses(python, demo, tmp_path):
     flags = ["--ngrams", 3, "--ngram_dropout", 0]  # compiled code draws numbers of its own
     python.ok(*stage("gpt", tmp_path / "plain", *flags))
