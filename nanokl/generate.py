@@ -217,9 +217,8 @@ class Compiled:
     Goes to `generate` in the model's place; make it under the same autocast. The first rollout of
     a batch size and length (rounded up to WINDOW) takes up to a minute more. On a CPU it needs
     torch 2.13 and a C++ compiler, and packs the weights for the matrix units; on a GPU a step is
-    one CUDA graph, kept with its cache for each shape. Finished rows stay in the batch until all
-    have. torch keeps the copy until `torch.compiler.reset()`. UserError for a model with n-gram
-    embeddings and for other devices.
+    one CUDA graph, kept with its cache for each shape. Finished rows stay until all have. torch
+    keeps the copy until `torch.compiler.reset()`. UserError for n-grams, and other devices.
     """
 
     def __init__(self, model):

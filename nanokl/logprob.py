@@ -291,9 +291,8 @@ def _add_mm(total: Tensor | None, a: Tensor, b: Tensor, plan: _Plan) -> Tensor:
         total = b.new_empty(len(a), b.shape[1], dtype=plan.stats)
     if total.dtype == a.dtype:
         return torch.addmm(total, a, b, beta=0 if first else 1, out=total)
-    # a whole (V, C) product would leave a CPU's caches; a GPU has few, and launches cost
-    whole = total.device.type != "cpu"
-    rows = len(a) if whole else max(1, SUM_BYTES // (b.shape[1] * plan.product.itemsize))
+    size = SUM_BYTES if a.device.type == "cpu" else GPU_BLOCK_BYTES  # caches, or few launches
+    rows = max(1, size // (b.shape[1] * plan.product.itemsize))
     for start in range(0, len(a), rows):
         part, here = a[start : start + rows], total[start : start + rows]
         product = _mm(part, b, b.new_empty(here.shape, dtype=plan.product))
