@@ -50,15 +50,15 @@ help: ## 0    this list
 
 setup: $(VENV) ## 0.5  .venv with the pinned packages
 
-test: $(VENV) ## 2.0  all tests
+test: $(VENV) ## 2.8  all tests
 	$(PY) -m pytest
 
 lint: $(VENV) ## 0.1  ruff
 	$(PY) -m ruff check .
 
-check: lint test ## 2.1  what CI runs: lint and test
+check: lint test ## 2.9  what CI runs: lint and test
 
-demo: $(VENV) ## 9    the whole story, from data to report, in runs/demo (replaced)
+demo: $(VENV) ## 8    the whole story, from data to report, in runs/demo (replaced)
 	rm -rf runs/demo && mkdir -p runs/demo && date +%s > runs/demo/started
 	$(MAKE) --no-print-directory report RUN=runs/demo BUDGET=$(BUDGET:main=demo)
 
