@@ -187,7 +187,7 @@ def run_rounds(workers: Sequence[Worker], rounds: int, seconds: float) -> None:
                 worker.row |= answer
 
 
-# ratio = median over rounds of (seconds per unit of the variant / those of the first variant)
+# ratio = median over rounds of (seconds per unit of the variant / those of the first that ran)
 def compare(rows: list[dict]) -> None:
     """Adds to each row its median, and its ratio to the first that ran, with least and most."""
     base = next((row for row in rows if row.get("seconds")), None)
