@@ -90,8 +90,6 @@ def test_masked_mean_and_whiten_by_hand():
     assert (masked_whiten(torch.full((2, 3), 5.0), mask) == 0).all()
 
 
-
-
 def test_reward_of_three_tokens_by_hand():
     """Stopped early, cut at the width, and starting later: the score is on the last real token."""
     logp = torch.tensor([[-1.0, -2.0, -3.0, -9.0], [-1.0, -1.0, -1.0, -1.0], [9.0, 9.0, -2.0, 9.0]])
