@@ -164,8 +164,20 @@ def reliability(axes, summary: dict, rows: list[dict]) -> bool:
 
 
 def frontier(axes, summary: dict, rows: list[dict]) -> bool:
-    """Reward got against KL paid: best-of-n, training, and the final policy's equal objective."""
-    if best := summary.get("best_of_n"):
+    """Reward got against KL paid: the most there is, samplers, training, the final policies."""
+    known = summary.get("posterior") or {}
+    if most := known.get("frontier"):
+        x, y, fine = (np.array([m[k] for m in most]) for k in ("kl_nats", "reward_mean", "trusted"))
+        last = max(np.flatnonzero(fine), default=0)
+        axes.plot(x[: last + 1], y[: last + 1], color=INK, lw=1.8, label="most there is")
+        axes.plot(x[last:], y[last:], ":", color=INK, lw=1.2, label="at least")
+    marks = zip(("D-", "s-", "^-"), (YARD, MUTED, MUTED), strict=False)
+    for name, (mark, colour) in zip(("best-of-n", "SIR", "Metropolis"), marks, strict=True):
+        if points := [p for p in known.get("untrained") or [] if p["sampler"] == name]:
+            x, y = ([p[k] for p in points] for k in ("kl_nats", "reward_mean"))
+            label = f"{name}\n{points[0]['n']} to {points[-1]['n']}"
+            axes.plot(x, y, mark, color=colour, lw=1, ms=4, label=label)
+    if not known and (best := summary.get("best_of_n")):
         x, y, se = (np.array([b[k] for b in best], float)
                     for k in ("kl_nats_bound", "reward_mean", "reward_mean_se"))
         axes.plot(x, y, "D-", color=YARD, lw=1.5, ms=4, label=f"best of\n1 to {best[-1]['n']}")
@@ -182,3 +194,21 @@ def frontier(axes, summary: dict, rows: list[dict]) -> bool:
         axes.axline((x, y), slope=beta, color=MUTED, lw=1, ls="--", label="equal\nobjective")
     axes.set_xlabel("KL from the reference, nats per sequence")
     return final or len(kl) > 0
+
+
+# beta log Z = J + beta gap: the prompts of the gap are few, those of J many
+def evidence(axes, summary: dict, rows: list[dict]) -> bool:
+    """The objective over training, between the prior's level and the posterior's."""
+    known, J = summary.get("posterior") or {}, summary.get("objective")
+    ends = [known.get(f"gap_reward_{end}") for end in ("lower", "upper")]
+    if None in (J, *ends):
+        return False
+    curves(axes, summary, rows, {"objective": "objective"})
+    prior, low, high = summary["objective_ref"], J + ends[0], J + max(ends)
+    axes.axhline(prior, color=MUTED, lw=1.5, label=f"prior\n{prior:.2f}")
+    what = "posterior" if known["trusted"] else "posterior,\nat least"
+    axes.axhspan(low, high, color=YARD, alpha=0.3, lw=0)
+    axes.axhline(low, color=YARD, lw=1.5, label=f"{what}\n{low:.2f}")
+    pad = 0.08 * (high - prior)
+    axes.set_ylim(min(prior, axes.get_ylim()[0]) - pad, high + pad)
+    return True

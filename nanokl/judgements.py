@@ -40,8 +40,11 @@ class Judgements:
         return human_pairs(self)
 
     @classmethod
-    def load(cls, folder, split: str) -> "Judgements":
-        """Read one split of folder/judgements.jsonl; UserError when it is missing or broken."""
+    def load(cls, folder, split: str, raters: str = "all") -> "Judgements":
+        """Read one split of folder/judgements.jsonl; UserError when it is missing or broken.
+
+        `raters`: all, or first or second, disjoint halves of each text's ratings (every second).
+        """
         path = Path(folder) / "judgements.jsonl"
         if not path.is_file():
             raise UserError(f"no human ratings at {path}: make them with data/hutto/prepare.py")
@@ -58,6 +61,8 @@ class Judgements:
         if not rows:
             raise UserError(f"{path} has no ratings in the split {split}: prepare it again")
         ids, domains, _, texts, ratings = zip(*rows, strict=True)
+        if raters != "all":
+            ratings = [r[("first", "second").index(raters) :: 2] for r in ratings]
         n_ratings = np.array([len(r) for r in ratings])
         padded = np.zeros((len(rows), n_ratings.max()), np.float32)
         padded[np.arange(padded.shape[1]) < n_ratings[:, None]] = np.concatenate(ratings)

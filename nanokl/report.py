@@ -63,9 +63,13 @@ FIGURES = [
     ("reward", "reward_loss", "Reward model loss", "nats per pair",
      "Bradley-Terry on comparisons by single raters; a coin has 0.69.",
      fig.curves, {"loss_nats_per_pair": "training", "val_nats_per_pair": "validation"}),
+    ("ppo", "posterior", "From prior to posterior", "objective, sd of the reference's scores",
+     "The gap that is left to the posterior's beta log Z is beta KL(policy || posterior); the band "
+     "is what is not known of log Z.", fig.evidence),
     ("ppo", "ppo_reward_kl", "Reward against KL", "sd of the reference's scores",
-     "What training pays and gets. The best of n reference samples needs no training and costs at "
-     "most log n − (n − 1) / n nats.", fig.frontier),
+     "The most reward that any policy can have at a KL (dotted: at least so much), what samplers "
+     "of the reference reach with n texts and no training, and what training pays and gets.",
+     fig.frontier),
     ("ppo", "ppo_reward", "Reward and objective", "sd of the reference's scores",
      "The distance between the two is what the KL costs.",
      fig.curves, {"objective": "objective", "reward_mean": "reward"}),

@@ -37,6 +37,15 @@ def test_load(tmp_path):
     np.testing.assert_allclose(j.mean(), [np.mean(ratings) for ratings in flat], rtol=1e-6)
 
 
+def test_halves_of_the_raters_are_disjoint_and_all(tmp_path):
+    j = judgements(tmp_path, RATINGS)
+    halves = [Judgements.load(tmp_path, "train", raters) for raters in ("first", "second")]
+    for i, n in enumerate(j.n_ratings):
+        a, b = (half.ratings[i, : half.n_ratings[i]].tolist() for half in halves)
+        assert sorted(a + b) == sorted(j.ratings[i, :n]) and 0 <= len(a) - len(b) <= 1
+    assert all(half.texts == j.texts for half in halves)
+
+
 def test_load_complains(tmp_path):
     with pytest.raises(UserError, match="no human ratings"):
         Judgements.load(tmp_path, "train")
