@@ -73,7 +73,7 @@ def test_file_budget(path):
 
 def test_package_budget():
     total = sum(len(lines(p)) for p in MODULES)
-    assert total <= 6110, f"the package has {total} lines of 6,110"
+    assert total <= 6570, f"the package has {total} lines of 6,570"
     over = [p.name for p in MODULES if len(lines(p)) > 300]
     assert len(over) <= 1, f"over 300 lines: {over}"
 
