@@ -314,7 +314,7 @@ def test_each_choice_makes_a_step(choice):
 def test_where_short_runs_end(monkeypatch):
     """Share of what can be gained over the reference, after 12 batches at beta .5.
 
-    At 24 batches and 4 seeds all right choices had .86 to .90, the exact KL in the reward alone -7.
+    With four seeds of the samples: both .870 to .878; the reward alone -2.6 to -6.4, far below 0.
     """
     ref, share = make_ref(), {}
     start = exact(ref, ref, 0.5)
