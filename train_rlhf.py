@@ -311,7 +311,7 @@ def train_ppo(flags: PPOFlags) -> None:
         start, controller.beta, first = state["step"], state["beta"], state["first"]
     model = runtime.wrap(policy)
     log = metrics.Log(flags.out, total=flags.steps, unit="batch", is_main=runtime.is_main,
-                      resume_step=start)
+                      resume_step=start, warning=flags.kl_warning)
     # 2. Batches of rollouts, a few epochs of updates on each.
     with training.nothing_half_written(flags.out, runtime), log, rt.Interrupt() as interrupt:
         for step in range(start + 1, flags.steps + 1):
@@ -337,7 +337,7 @@ def train_ppo(flags: PPOFlags) -> None:
             rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
             metrics.write_text(flags.out / "samples.jsonl", rows)
         log.close({"episodes": flags.steps * flags.batch, "steps": flags.steps, "seed": flags.seed,
-                   **numbers, **first})
+                   "kl_placement": flags.kl_placement, **numbers, **first})
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Use what was trained, and measure: python -m nanokl {sample,fill-mask,score,report,bench}."""
+"""Use what was trained: python -m nanokl {sample,fill-mask,score,report,posterior,bench}."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from nanokl import UserError, bench, bert, checkpoint, require_positive
+from nanokl import UserError, bench, bert, checkpoint, kl_table, require_positive
 from nanokl import runtime as rt
 from nanokl.generate import generate
 from nanokl.gpt import GPT
@@ -81,6 +81,20 @@ class Score:
 
 
 @dataclass
+class Posterior:
+    """What each way to charge the KL does to its gradient, measured exactly (--table)."""
+
+    run: Annotated[Path | None, tyro.conf.Positional] = None  # not yet: nothing reads a run
+    table: bool = False  # print the table of estimators and placements
+
+    def __call__(self) -> None:
+        if not self.table or self.run is not None:
+            raise UserError(f"posterior got run {self.run} and table {self.table}: give --table "
+                            "alone, which is all that it prints so far")
+        print(kl_table.table())
+
+
+@dataclass
 class Report:
     """summary.json, report.html and figures of a whole run."""
 
@@ -129,7 +143,7 @@ class Bench:
 
 def main() -> None:
     commands = {"sample": Sample, "fill-mask": FillMask, "score": Score, "report": Report,
-                "bench": Bench}
+                "posterior": Posterior, "bench": Bench}
     rt.parse_flags(commands, prog="python -m nanokl", description=__doc__)()
 
 

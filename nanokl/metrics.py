@@ -106,12 +106,16 @@ class Log(contextlib.AbstractContextManager):
 
     step, total count in `unit` ("step", "batch"); metrics are numbers, names with units.
     A resumed run passes its checkpoint's step: later rows are dropped, as if it had never stopped.
-    `seconds` counts all sittings. Only the main process (is_main) writes and prints.
+    `seconds` counts all sittings. Only the main process (is_main) writes and prints; a warning,
+    such as KLConfig's, goes to stderr first.
     """
 
-    def __init__(self, out: Path, *, total: int, unit: str, is_main=True, resume_step=0):
+    def __init__(self, out: Path, *, total: int, unit: str, is_main=True, resume_step=0,
+                 warning: str | None = None):
         self.out, self.total, self.unit, self.is_main = Path(out), total, unit, is_main
         path, kept = self.out / "metrics.jsonl", []
+        if warning and is_main:
+            print(warning, file=sys.stderr, flush=True)
         if is_main:
             self.out.mkdir(parents=True, exist_ok=True)
             kept = [row for row in read_rows(path) if row["step"] <= resume_step]

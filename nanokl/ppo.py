@@ -14,6 +14,7 @@ from torch import Tensor
 from nanokl import UserError, require_positive
 from nanokl.generate import Rollout, generate
 from nanokl.gpt import GPT
+from nanokl.kl import KLConfig, at_last, k1, kl_loss, paid_in_reward
 from nanokl.logprob import linear_logprob
 from nanokl.reward import RewardFunction, check_scores
 
@@ -33,7 +34,7 @@ class SamplingConfig:
 
 
 @dataclass(kw_only=True)
-class PPOConfig(SamplingConfig):
+class PPOConfig(SamplingConfig, KLConfig):
     """What the update needs to know; the scripts add data and evaluation."""
 
     n_epoch: int = 2  # passes over each batch
@@ -47,7 +48,8 @@ class PPOConfig(SamplingConfig):
     critic_layers: int = 2  # of the critic's own trunk, at most the policy's; 0: it shares that one
 
     def __post_init__(self):
-        super().__post_init__()
+        SamplingConfig.__post_init__(self)
+        KLConfig.__post_init__(self)
         require_positive(self, "n_epoch", "minibatch", "clip", "value_clip", "max_grad_norm")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
@@ -69,19 +71,22 @@ class Experience:
     value: Tensor  # (B, T-1)
     adv: Tensor  # (B, T-1) whitened
     ret: Tensor  # (B, T-1)
+    price: Tensor | float = 0.0  # of a nat in the loss: beta in the units of adv
+    ref: GPT | None = None  # where the loss has the exact KL, which needs its hidden states
 
 
 # reward_t = -beta k1_t + [t last] score,  k1_t = logp_t - logp_ref_t.
 # Summed over the response its mean is E[score] - beta KL(policy || ref), and as a reward its
-# policy gradient is exact. Other places are not as good: k1 in the loss has gradient 0, k3 in the
-# reward points the wrong way, and per-token losses do not see what a token costs later.
+# policy gradient is exact. Other places are not as good: kl.py.
 def kl_penalised_reward(logp: Tensor, logp_ref: Tensor, score: Tensor, mask: Tensor, *,
-                        beta: float) -> Tensor:
-    """(B, T-1) rewards: the price of each token, and the score on the last real token."""
-    reward = -beta * (logp - logp_ref) * mask
-    steps = torch.arange(mask.shape[1], device=mask.device)
-    last = (steps * mask).argmax(1, keepdim=True)  # the stop token itself where there is one
-    return reward.scatter_add(1, last, score[:, None].to(reward))
+                        beta: float, nats: Tensor | None = None) -> Tensor:
+    """(B, T-1) rewards: the price of each token, and the score on the last real token.
+
+    `nats`: what each token pays for instead of k1.
+    """
+    nats = k1(logp, logp_ref) if nats is None else nats
+    reward = -beta * nats * mask
+    return reward + at_last(score.to(reward), mask)
 
 
 # delta_t = reward_t + gamma value_{t+1} - value_t;  adv_t = delta_t + gamma lam adv_{t+1};
@@ -107,11 +112,15 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, x, 0).sum() / mask.sum().clamp(min=1)
 
 
-# (x - mean) / sqrt(var + 1e-8), var biased like TensorFlow's moments, which PPO's settings assume
+# 1 / sqrt(var + 1e-8), var biased like TensorFlow's moments, which PPO's settings assume
+def masked_scale(x: Tensor, mask: Tensor) -> Tensor:
+    """What x is multiplied by to have variance 1 over the True tokens."""
+    return (masked_mean((x - masked_mean(x, mask)).square(), mask) + 1e-8).rsqrt()
+
+
 def masked_whiten(x: Tensor, mask: Tensor) -> Tensor:
     """x at mean 0 and variance 1 over the True tokens; 0 elsewhere."""
-    x = x - masked_mean(x, mask)
-    return torch.where(mask, x * (masked_mean(x.square(), mask) + 1e-8).rsqrt(), 0)
+    return torch.where(mask, (x - masked_mean(x, mask)) * masked_scale(x, mask), 0)
 
 
 # L = -mean min(rho adv, clip(rho, 1-eps, 1+eps) adv),  rho = exp(logp - logp_old).  eq. 7
@@ -236,28 +245,43 @@ def collect(policy: GPT, ref: GPT, rollout: Rollout, score: Tensor, minibatches:
             config: PPOConfig, runtime, *, beta: float) -> Experience:
     """Measured rollouts with their advantages, whitened over the whole batch."""
     logp, logp_ref, kl, entropy, value = measure(policy, ref, rollout, minibatches, config, runtime)
-    reward = kl_penalised_reward(logp, logp_ref, score, rollout.mask, beta=beta)
-    adv, ret = gae(reward, value, rollout.mask, gamma=config.gamma, lam=config.lam)
-    adv = masked_whiten(adv, rollout.mask)
-    return Experience(rollout, score, logp, logp_ref, kl, entropy, value, adv, ret)
+    mask = rollout.mask
+    nats = paid_in_reward(logp, logp_ref, kl, mask, config)
+    reward = kl_penalised_reward(logp, logp_ref, score, mask, beta=beta, nats=nats)
+    adv, ret = gae(reward, value, mask, gamma=config.gamma, lam=config.lam)
+    white = masked_whiten(adv, mask)
+    x = Experience(rollout, score, logp, logp_ref, kl, entropy, value, white, ret)
+    if config.kl_in_loss:
+        x.price = beta * masked_scale(adv, mask)
+        x.ref = ref if config.kl_estimator == "exact" else None
+    return x
 
 
 def minibatch_loss(model, policy: GPT, x: Experience, rows: Tensor, config: PPOConfig,
                    runtime) -> tuple[Tensor, dict]:
-    """Policy and value loss on a minibatch; `model` is the policy as runtime.wrap gave it."""
+    """The loss on a minibatch: policy's, value's, maybe the KL's.
+
+    `model` is the policy as runtime.wrap gave it.
+    """
     # The mean over all ranks' tokens: each rank's mean is weighed by its share of them.
     share = x.rollout.mask[runtime.shard(rows)].sum() / x.rollout.mask[rows].sum()
     rows = runtime.shard(rows)
     idx, mask = x.rollout.idx[rows], x.rollout.mask[rows]
     with runtime.autocast():
-        h = model(idx)[:, :-1]
-        logp = linear_logprob(h, policy.head.weight, idx[:, 1:], mask=mask,
-                              temperature=config.temperature).logp
+        h, ref = model(idx)[:, :-1], None
+        if x.ref is not None:
+            with torch.no_grad():
+                ref = x.ref(idx)[:, :-1], x.ref.head.weight
+        new = linear_logprob(h, policy.head.weight, idx[:, 1:], mask=mask, ref=ref,
+                             temperature=config.temperature)
         value = policy.values(idx[:, :-1], h)
-    loss_pi, info = policy_loss(logp, x.logp[rows], x.adv[rows], mask, clip=config.clip)
+    loss_pi, info = policy_loss(new.logp, x.logp[rows], x.adv[rows], mask, clip=config.clip)
     loss_v = value_loss(value, x.value[rows], x.ret[rows], mask, clip=config.value_clip)
-    loss = (loss_pi + config.value_coef * loss_v) * share * runtime.world
-    return loss, {"value_loss": loss_v.detach(), **info}
+    loss = loss_pi + config.value_coef * loss_v
+    if config.kl_in_loss:
+        loss_kl = kl_loss(new.logp, x.logp_ref[rows], new.kl, mask, config, price=x.price)
+        loss, info = loss + loss_kl, {"kl_loss": loss_kl.detach(), **info}
+    return loss * share * runtime.world, {"value_loss": loss_v.detach(), **info}
 
 
 def distinct_n(rows: list[list[int]], n: int = 2) -> float:

@@ -21,7 +21,7 @@ import torch
 from conftest import ROOT, Python, needs_compiler, wait_for_rows
 from test_corpus import fake_files, fake_sdist
 
-from nanokl import checkpoint, data, throughput
+from nanokl import checkpoint, data, kl_table, throughput
 from nanokl.gpt import GPT
 from nanokl.tokenizer import Tokenizer
 
@@ -243,12 +243,34 @@ def test_sample_fill_mask_score(python, demo):
     assert alone == scores[1:]
 
 
+def test_the_table_of_placements(python):
+    assert python.ok("-m", "nanokl", "posterior", "--table").out == kl_table.table() + "\n"
+    python.fails("-m", "nanokl", "posterior", says=["run None", "--table"])
+    python.fails("-m", "nanokl", "posterior", "runs/x", "--table", says=["runs/x", "--table alone"])
+
+
+def test_a_wrong_placement_says_so(python, demo, tmp_path):
+    """In one line before the run, and in its summary; a right one says nothing."""
+    wrong = ("--kl_estimator", "k3", "--kl_place", "loss")
+    done = python.ok(*stage("ppo", tmp_path / "wrong", *wrong))
+    assert done.err.count("\n") == 1
+    assert done.err.startswith("warning: KL as k3 per token in the loss (wrong: myopic")
+    assert "KL(ref || policy)" in done.err and "right are k1 in the reward" in done.err
+    named = read(tmp_path / "wrong" / "summary.json")["kl_placement"]
+    assert named.startswith("k3 per token in the loss (wrong: myopic")
+    assert all("kl_loss" in row for row in rows(tmp_path / "wrong"))
+    right = ("--kl_estimator", "exact", "--kl_place", "both")
+    assert "warning" not in python.ok(*stage("ppo", tmp_path / "right", *right)).err
+    assert read(tmp_path / "right" / "summary.json")["kl_placement"].startswith("exact per token")
+    assert read(demo / "ppo" / "summary.json")["kl_placement"].startswith("k1 per token in the re")
+
+
 @pytest.mark.parametrize("command", [
     "data/hutto/prepare.py", "data/text/prepare.py", "data/shakespeare/prepare.py",
     "train_pretrain.py", "train_pretrain.py gpt", "train_pretrain.py bert", "train_rlhf.py",
     "train_rlhf.py reward", "train_rlhf.py ppo", "-m nanokl", "-m nanokl sample",
     "-m nanokl fill-mask", "-m nanokl score", "-m nanokl report",
-    "-m nanokl bench",
+    "-m nanokl posterior", "-m nanokl bench",
 ])  # fmt: skip
 def test_help(python, command):
     done = python.ok(*command.split(), "--help")
@@ -554,6 +576,8 @@ BAD_FLAGS = {
         ("--value_coef", "nan", ["value_coef is nan"]), ("--domains", "lexicon", ["one split"]),
         ("--temperature", 0, ["temperature is 0"]), ("--beta", -1, ["beta is -1"]),
         ("--beta", "nan", ["beta is nan"]), ("--kl_target", 0, ["kl_target is 0"]),
+        ("--kl_estimator", "k4", ["k4", "k1"]), ("--kl_per", "text", ["text", "sequence"]),
+        ("--kl_place", "both", ["kl_place is both, kl_estimator k1", "charged twice"]),
         ("--domains", "poems", ["poems"]), ("--policy", "runs/demo/reward", ["RewardModel"]),
         ("--reward", "runs/demo/gpt", ["GPT", "RewardModel"]), ("--reward", "no.py:f", ["no.py"]),
         ("--reward", "train_rlhf.py:nothing", ["nothing"]),
