@@ -96,8 +96,7 @@ def pinned_upper(log_w: Tensor, log_w_star: Tensor, from_ref: Tensor | None = No
     return upper[:, 0] if n == 1 else from_ref * upper[:, 0] + (1 - from_ref) * upper[:, 1]
 
 
-def cross_pinned(log_w: Tensor, from_ref: Tensor, log_law: Tensor, *,
-                 otherwise: float = math.nan) -> Tensor:
+def cross_pinned(log_w: Tensor, from_ref: Tensor, log_law: Tensor, *, otherwise=math.nan) -> Tensor:
     """Upper end of log Z (P,): every second text gives y*, the others take it in, and the reverse.
 
     All (P, 2K), the reference's texts first. y* is drawn, in expectation, from the softmax of
@@ -113,9 +112,9 @@ def cross_pinned(log_w: Tensor, from_ref: Tensor, log_law: Tensor, *,
     return torch.stack(out).view(-1, 2).mean(1)
 
 
-# rejection: of texts y ~ ref the kept ones are distributed as ref(y) exp(r(y) / beta) / Z
+# Rejection: y ~ ref stays with probability exp((r(y) - r_max) / beta), and is a sample of pi* then.
 def accepted(score: Tensor, *, beta: float, r_max: float, rng: torch.Generator) -> Tensor:
-    """Which texts of the reference are exact samples of pi*: with odds exp((r - r_max) / beta)."""
+    """Which of the reference's texts stay, (P, K) bool."""
     if score.max() > r_max + 1e-6:
         raise UserError(f"a text scores {score.max().item():g}, above r_max {r_max:g}: give the "
                         "reward's upper bound, or none")
@@ -124,15 +123,14 @@ def accepted(score: Tensor, *, beta: float, r_max: float, rng: torch.Generator) 
 
 
 # |mean - Z| <= sqrt(2 V L / K) + 3 B L / K,  L = log(3 / delta),  V the variance, 0 <= w <= B
-def bernstein_interval(log_w: Tensor, log_bound: Tensor | float, *,
-                       delta: float = 0.05) -> tuple[Tensor, Tensor]:
+def bernstein_interval(log_w: Tensor, log_bound: float, *, delta=0.05) -> tuple[Tensor, Tensor]:
     """log Z lies between these with probability 1 - delta, if w <= exp(log_bound): (...,) each.
 
     Audibert, Munos & Szepesvari 2009, theorem 1; its proof asks for independent texts, not for
     equal laws, so that a mixture's two halves will do. The lower end is -inf if it says nothing.
     """
     x, K, L = (log_w - log_bound).exp(), log_w.shape[-1], math.log(3 / delta)
-    assert bool((x <= 1 + 1e-6).all()), f"a weight is {x.max().item():g} times its bound"
+    assert x.max() <= 1 + 1e-6, f"a weight is {x.max().item():g} times its bound"
     mean, var = x.mean(-1), x.var(-1, correction=0)
     miss = (2 * var * L / K).sqrt() + 3 * L / K
     return (mean - miss).clamp(min=0).log() + log_bound, (mean + miss).log() + log_bound
@@ -167,10 +165,8 @@ class Account:
         return [text for fine, text in checks if not fine]  # NaN is not fine
 
     def summary(self) -> dict:
-        """Means over prompts with their standard errors; None is not known.
-
-        gap_nats, gap_reward and bayes_fraction are those at the lower log Z, and only where they
-        are trusted; their ends, *_lower and *_upper, are always there unless beta is 0.
+        """Means over prompts with standard errors, None if unknown; for beta > 0 also `_lower` and
+        `_upper` ends. gap_nats, gap_reward, bayes_fraction: at the lower log Z, if it is trusted.
         """
         v, doubts = self.values, self.doubts()
         out = {"beta": self.beta, "prompts": len(v["objective"]), "texts_per_prompt": self.texts,
@@ -183,8 +179,8 @@ class Account:
             J_ref = v["reward_ref_mean"]
             ends = [ratio_se(v["objective"] - J_ref, self.beta * v[f"log_z_nats_{end}"] - J_ref)
                     for end in ("lower", "upper")]
-            head = ends[0]  # below 0 it is the lower end, above it the upper
-            for name, pair in zip(("_lower", "_upper", ""), (*sorted(ends), head), strict=True):
+            # below 0 the lower log Z gives the lower end, above it the upper
+            for name, pair in zip(("_lower", "_upper", ""), (*sorted(ends), ends[0]), strict=True):
                 out[f"bayes_fraction{name}"], out[f"bayes_fraction{name}_se"] = pair
         for name in ("gap_nats", "gap_reward", "bayes_fraction"):
             for se in ("", "_se"):
@@ -223,8 +219,9 @@ def _evidence_lines(s: dict) -> list[str]:
            f"                by the reference alone {_show(s, 'log_z_nats_ref_only')}, by the "
            f"policy alone {_show(s, 'log_z_nats_policy_only')}"]
     if s["trusted"]:
-        out += [f"gap             {_show(s, 'gap_nats')} to {_show(s, 'gap_nats_upper')} nats, in "
-                f"reward {_show(s, 'gap_reward')} to {_show(s, 'gap_reward_upper')}",
+        out += [f"gap             {_show(s, 'gap_nats')} nats; upper {_show(s, 'gap_nats_upper')} "
+                f"({kind})", f"                {_show(s, 'gap_reward')} in reward; upper "
+                f"{_show(s, 'gap_reward_upper')}",
                 f"Bayes fraction  {_show(s, 'bayes_fraction')}, between "
                 f"{_show(s, 'bayes_fraction_lower')} and {_show(s, 'bayes_fraction_upper')}"]
     else:  # a bound from above does not depend on the weights; the pseudo-upper does
@@ -244,14 +241,15 @@ def account(ref_half: Texts, policy_half: Texts, *, beta: float, r_max: float | 
     r_max: an upper bound of the reward, if it has one; then rng draws the exact samples, and with
     probability 1 - delta the mean log Z lies within log_z_nats_bernstein_lower and _upper.
     """
-    (P, K), own = ref_half.score.shape, policy_half.score.shape
+    (P, K), own, kl = ref_half.score.shape, policy_half.score.shape, policy_half.kl.mean(1)
     if own != (P, K) or K < 2 or K % 2:
         raise UserError(f"{P} x {K} texts of the reference and {own[0]} x {own[1]} of the policy: "
                         "give as many of each for as many prompts, an even number a prompt")
     if not 0 <= beta < math.inf:
         raise UserError(f"beta is {beta}: give 0 or more")
-    reward, kl = policy_half.score.mean(1), policy_half.kl.mean(1)
-    best = torch.maximum(ref_half.score.amax(1), policy_half.score.amax(1))
+    score, logp, logp_ref = (torch.cat([getattr(x, name) for x in (ref_half, policy_half)], 1)
+                             for name in ("score", "logp", "logp_ref"))  # (P, 2K)
+    reward, best = policy_half.score.mean(1), score.amax(1)
     values = {"reward_ref_mean": ref_half.score.mean(1), "reward_mean": reward,
               "kl_nats_per_sequence": kl, "objective": reward - beta * kl if beta else reward,
               "entropy_ref_nats_per_sequence": -ref_half.logp_ref.mean(1),
@@ -259,11 +257,12 @@ def account(ref_half: Texts, policy_half: Texts, *, beta: float, r_max: float | 
               "share_at_best": (policy_half.score >= best[:, None] - 1e-5).double().mean(1)}
     out = Account(float(beta), 2 * K, values, {})
     if beta:
-        score, logp, logp_ref = (torch.cat([getattr(x, name) for x in (ref_half, policy_half)], 1)
-                                 for name in ("score", "logp", "logp_ref"))
+        own = log_weights(score, logp_ref, logp, beta=beta)[:, K:]
         log_w = log_weights(score, logp_ref, mixture(logp_ref, logp), beta=beta)
         from_ref = (logp_ref - logp).sigmoid()
-        _add_evidence(out, score / beta, logp_ref - logp, log_w, from_ref)
+        values |= {"log_z_nats_ref_only": log_mean_exp(ref_half.score / beta),
+                   "log_z_nats_policy_only": log_mean_exp(own)}
+        _add_evidence(out, log_w, from_ref)
         if r_max is not None:
             found = accepted(ref_half.score, beta=beta, r_max=r_max, rng=rng)
             _add_bounds(out, found, log_w, from_ref, r_max / beta, delta)
@@ -273,13 +272,10 @@ def account(ref_half: Texts, policy_half: Texts, *, beta: float, r_max: float | 
     return out
 
 
-def _add_evidence(out: Account, tilt: Tensor, log_ratio: Tensor, log_w: Tensor,
-                  from_ref: Tensor) -> None:
-    """log Z by the mixture, by either alone, and from above; what the weights are like."""
-    K, upper = log_w.shape[1] // 2, cross_pinned(log_w, from_ref, log_w)
-    out.values |= {"log_z_nats_ref_only": log_mean_exp(tilt[:, :K]),
-                   "log_z_nats_policy_only": log_mean_exp((tilt + log_ratio)[:, K:]),
-                   "log_z_nats_lower": log_mean_exp(log_w), "log_z_nats_upper": upper,
+def _add_evidence(out: Account, log_w: Tensor, from_ref: Tensor) -> None:
+    """log Z by the mixture, from below and above, and what its weights are like."""
+    upper = cross_pinned(log_w, from_ref, log_w)
+    out.values |= {"log_z_nats_lower": log_mean_exp(log_w), "log_z_nats_upper": upper,
                    "log_z_nats_pseudo_upper": upper}
     out.numbers |= {"ess_median": effective_sample_size(log_w).median().item(),
                     "largest_share_median": largest_share(log_w).median().item(),
