@@ -11,7 +11,8 @@ Left out: prompts (one world each), rewards inside the text.
     J(pi) = beta log Z - beta KL(pi || pi*)                     so pi* is the maximum
     gap(pi) = log Z - J(pi) / beta = KL(pi || pi*)
 
-beta = 0 is the limit: pi* is ref on the texts of the highest reward, and Z is infinite.
+beta = 0 is the limit: pi* is ref on the texts of the highest reward, log Z is infinite (its sign
+is that reward's), and the gap is infinite for whatever says another text.
 """
 
 import torch
@@ -22,7 +23,8 @@ Levels = list[Tensor]
 
 def texts(V: int, T: int) -> Tensor:
     """All V^T texts (V^T, T), in lexicographic order: a prefix's texts lie side by side."""
-    return torch.cartesian_prod(*[torch.arange(V)] * T).view(-1, T)
+    place = V ** torch.arange(T - 1, -1, -1)
+    return torch.arange(V**T)[:, None] // place % V
 
 
 @torch.no_grad()
@@ -30,10 +32,10 @@ def levels_of(model, prompt: list[int], T: int, *, stop: int | None = None,
               temperature: float = 1.0) -> Levels:
     """log pi(a | prompt, s) of a GPT at each prefix s of fewer than T tokens, T levels (V^t, V)."""
     V = model.config.vocab_size
-    tails = texts(V, T - 1) if T > 1 else torch.empty(1, 0, dtype=torch.long)
+    tails = texts(V, T - 1)
     idx = torch.cat([torch.tensor(prompt).expand(len(tails), -1), tails], dim=1)
-    logits = model.logits(model(idx)[:, len(prompt) - 1 :])  # (V^(T-1), T, V)
-    logp = (logits.double() / temperature).log_softmax(-1)
+    h = model(idx)[:, len(prompt) - 1 :].double()  # (V^(T-1), T, C)
+    logp = (h @ model.head.weight.double().T / temperature).log_softmax(-1)
     levels = [logp[:: V ** (T - 1 - t), t] for t in range(T)]
     return levels if stop is None else [absorb(x, t, stop) for t, x in enumerate(levels)]
 
@@ -43,8 +45,8 @@ def absorb(level: Tensor, t: int, stop: int) -> Tensor:
     V = level.shape[1]
     only = torch.full((V,), -torch.inf, dtype=level.dtype)
     only[stop] = 0
-    ended = (texts(V, t) == stop).any(1) if t else torch.zeros(1, dtype=torch.bool)
-    return torch.where(ended[:, None], only, level)
+    ended = (texts(V, t) == stop).any(1, keepdim=True)
+    return torch.where(ended, only, level)
 
 
 def joint(levels: Levels) -> Tensor:
@@ -56,8 +58,9 @@ def joint(levels: Levels) -> Tensor:
 
 
 def expectation(logp: Tensor, x: Tensor) -> Tensor:
-    """sum_y p(y) x(y) over what is possible: 0 times an infinity elsewhere is 0."""
-    return torch.where(logp > -torch.inf, logp.exp() * x, 0).sum()
+    """sum_y p(y) x(y) over what is possible: 0 times an infinity is 0, and so is its gradient."""
+    p = logp.exp()
+    return (p * x.masked_fill(p == 0, 0)).sum()
 
 
 def kl(logp: Tensor, logq: Tensor) -> Tensor:
@@ -68,8 +71,10 @@ def kl(logp: Tensor, logq: Tensor) -> Tensor:
 def posterior(logp_ref: Tensor, r: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """log pi* (V^T,) and log Z."""
     if beta == 0:
-        best = r == r[logp_ref > -torch.inf].max()
-        return logp_ref.masked_fill(~best, -torch.inf).log_softmax(0), r.new_tensor(torch.inf)
+        top = r[logp_ref > -torch.inf].max()
+        best = logp_ref.masked_fill(r != top, -torch.inf)
+        log_z = best.logsumexp(0) if top == 0 else top * torch.inf
+        return best.log_softmax(0), log_z
     tilted = logp_ref + r / beta
     log_z = tilted.logsumexp(0)
     return tilted - log_z, log_z
@@ -82,13 +87,17 @@ def objective(logp: Tensor, logp_ref: Tensor, r: Tensor, beta: float) -> Tensor:
 
 def gap(logp: Tensor, logp_ref: Tensor, r: Tensor, beta: float) -> Tensor:
     """log Z - J(pi) / beta, nats from the posterior; the tests hold it against KL(pi || pi*)."""
-    return posterior(logp_ref, r, beta)[1] - objective(logp, logp_ref, r, beta) / beta
+    pi_star, log_z = posterior(logp_ref, r, beta)
+    if beta == 0:  # the difference of two infinities
+        return kl(logp, pi_star)
+    return log_z - objective(logp, logp_ref, r, beta) / beta
 
 
 # V(y) = r(y) at the leaves;  V(s) = beta log sum_a ref(a | s) exp(V(sa) / beta).
 # Then V(root) = beta log Z and the optimal twist of a prefix is exp(V(s) / beta).
 def soft_values(ref: Levels, r: Tensor, beta: float) -> list[Tensor]:
     """The soft Bellman values of all prefixes, T + 1 levels (V^t,): root first, rewards last."""
+    assert beta > 0, beta
     values = [r]
     for level in reversed(ref):
         values.append(beta * (level + values[-1].view_as(level) / beta).logsumexp(1))
@@ -113,32 +122,32 @@ def policy_values(policy: Levels, ref: Levels, r: Tensor, beta: float) -> list[T
 
 
 # With m_u = ref(r = u), F_u = ref(r <= u):  pi_n(y) = ref(y) / m_u (F_u^n - F_{u-}^n), u = r(y).
+# In logs, with F_{u-} = F_u (1 - m_u / F_u), so that neither small masses nor large n cancel.
 def best_of_n(logp_ref: Tensor, r: Tensor, n: int) -> Tensor:
     """log law (V^T,) of the best of n reference samples, ties broken at random."""
     levels, which = r.unique(return_inverse=True)
     mass = logp_ref.new_zeros(len(levels)).index_add(0, which, logp_ref.exp())
-    cdf = mass.cumsum(0).clamp(max=1)
-    cdf[-1] = 1
-    below = torch.cat([cdf.new_zeros(1), cdf[:-1]])
-    share = torch.where(mass > 0, (cdf**n - below**n) / mass, 0)  # a text it never says: any
-    return torch.where(logp_ref > -torch.inf, logp_ref + share.log()[which], -torch.inf)
+    cdf = mass.cumsum(0)
+    top = -(n * torch.log1p(-(mass / cdf).clamp(max=1))).expm1()  # 1 - (F_{u-} / F_u)^n
+    tilt = n * cdf.log() + top.log() - mass.log()
+    return logp_ref + torch.where(mass > 0, tilt, -torch.inf)[which]
 
 
 # Q(s, a) <- Q + rate (V(sa) - Q),  V(s) = beta log sum_a ref(a | s) exp(Q(s, a) / beta),
 # V(y) = r(y): the articles' Q-learning with a KL penalty, whose fixed point is `soft_values`.
+# Q starts at the highest reward: what has not been tried looks good, and so is tried.
 def soft_q(ref: Levels, r: Tensor, beta: float, *, episodes: int, rate: float,
            rng: torch.Generator) -> Levels:
     """Tabular soft Q-learning from texts that it samples itself; returns its policy's levels."""
-    Q = [torch.zeros_like(level) for level in ref]
-    policy = lambda t, s: (ref[t][s] + Q[t][s] / beta).log_softmax(-1)  # noqa: E731
-    V = ref[0].shape[1]
+    Q, V = [torch.full_like(level, r.max()) for level in ref], ref[0].shape[1]
     for _ in range(episodes):
-        s = 0
+        s, tilted = 0, ref[0][0] + Q[0][0] / beta
         for t in range(len(ref)):
-            a = int(torch.multinomial(policy(t, s).exp(), 1, generator=rng))
+            a = int(torch.multinomial(tilted.softmax(0), 1, generator=rng))
             after = s * V + a
-            target = r[after] if t + 1 == len(ref) else (
-                beta * (ref[t + 1][after] + Q[t + 1][after] / beta).logsumexp(0))
+            if t + 1 < len(ref):
+                tilted = ref[t + 1][after] + Q[t + 1][after] / beta
+            target = beta * tilted.logsumexp(0) if t + 1 < len(ref) else r[after]
             Q[t][s, a] += rate * (target - Q[t][s, a])
             s = after
-    return [policy(t, slice(None)) for t in range(len(ref))]
+    return [(level + q / beta).log_softmax(1) for level, q in zip(ref, Q, strict=True)]

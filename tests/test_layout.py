@@ -16,8 +16,9 @@ RANK = {
     "metrics": 0, "figures": 0, "ngrams": 0, "data": 1, "judgements": 1, "training": 1, "gpt": 1,
     "bert": 1, "generate": 1, "report": 1, "throughput": 1, "bench": 1, "ngram_embedding": 0,
     "corpus": 2, "agreement": 2, "bench_logprob": 2, "bench_bpe": 2, "bench_generate": 2,
-    "reward": 2, "kl": 2, "ppo": 3, "bench_pretrain": 3, "bench_scaling": 4, "bench_ppo": 5,
-    "bench_objective": 6, "evaluation": 4, "kl_table": 4, "__main__": 5,
+    "exact": 1, "bayes": 2, "frontier": 3, "reward": 2, "kl": 2, "ppo": 3, "kl_table": 4,
+    "evaluation": 4, "comparisons": 4, "trainers": 4, "samplers": 5, "smc": 6, "posterior": 6,
+    "bench_pretrain": 3, "bench_scaling": 4, "bench_ppo": 5, "bench_objective": 6, "__main__": 7,
 }  # fmt: skip
 MODULES = sorted((ROOT / "nanokl").glob("*.py"))
 SCRIPTS = [ROOT / "train_pretrain.py", ROOT / "train_rlhf.py"]
@@ -72,8 +73,9 @@ def test_file_budget(path):
 
 
 def test_package_budget():
+    """The posterior's files (exact to posterior, comparisons from train_rlhf.py) are 2,000."""
     total = sum(len(lines(p)) for p in MODULES)
-    assert total <= 6570, f"the package has {total} lines of 6,570"
+    assert total <= 8400, f"the package has {total} lines of 8,400"
     over = [p.name for p in MODULES if len(lines(p)) > 300]
     assert len(over) <= 1, f"over 300 lines: {over}"
 
