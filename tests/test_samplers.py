@@ -32,7 +32,6 @@ from nanokl.samplers import (
     sir,
 )
 from nanokl.smc import smc
-from nanokl.tokenizer import Tokenizer
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 V, STOP, NEW, BETA, R_MAX = 5, 4, 3, 0.5, 2.0
@@ -65,14 +64,14 @@ def shake(model, sd, seed):
 @functools.cache
 def reference():
     config = GPT.Config(vocab_size=V, block_size=8, n_layer=1, n_head=2, n_embd=16)
-    return shake(GPT(config, rng()), 0.6, 1)
+    return shake(GPT(config, rng()), 0.3, 9)
 
 
 @functools.cache
 def policy(critic_layers=1):
     """Far from both the reference and the posterior; its critic says anything."""
-    model = shake(ppo.make_policy(reference(), critic_layers=critic_layers), 0.3, 2)
-    torch.nn.init.normal_(model.value.weight, std=0.2, generator=rng(3))
+    model = shake(ppo.make_policy(reference(), critic_layers=critic_layers), 0.05, 8)
+    torch.nn.init.normal_(model.value.weight, std=0.1, generator=rng(3))
     return model
 
 
@@ -89,7 +88,7 @@ def score_ids(ids, levels=None):
 
 
 def make(beta=BETA, policy=None, levels=None, chunk=1024, ref=None, **config):
-    tokenizer = Tokenizer([b"a", b"b", b"c", b"d"], specials=["<|endoftext|>"])
+    tokenizer = SimpleNamespace(special={"<|endoftext|>": STOP}.get, decode=str)
     stage = Stage(replace(CONFIG, **config), CPU, tokenizer, ref or reference(),
                   lambda ids, _: score_ids(ids, levels), 0)
     return Target(stage, beta, policy, chunk)
@@ -153,6 +152,29 @@ def is_posterior(draws, copies):
         assert (world(i)[2][mine] == draws.score.view(copies, 2, n)[:, i].flatten()).all()
 
 
+def worst(draws, copies, i, law):
+    """The largest |z| of the mean of Z-hat / Z [text] from law(text), of the frequent texts.
+
+    Z-hat 1[drawn text = y] has the mean Z pi*(y) with any number of proposals, even few.
+    """
+    n = len(draws.score) // (2 * copies)
+    drawn = numbers(draws.rollout).view(copies, 2, n)[:, i]
+    weight = (draws.log_z.view(copies, 2)[:, i] - posterior(i)[1]).exp()
+    share = torch.nn.functional.one_hot(drawn, V**NEW).double().mean(1)  # (copies, V^T)
+    x = weight[:, None] * share
+    z = (x.mean(0) - law.exp()) / (x.std(0) / copies**0.5).clamp(min=1e-6)
+    return z[law.exp() > 0.02].abs().max()
+
+
+def has_the_weighted_law(draws, copies):
+    """No frequent text is off by 5.5 standard errors, and wrong laws are: odds 1e-6 a text."""
+    for i in range(2):
+        assert worst(draws, copies, i, posterior(i)[0]) < 5.5
+        for wrong in (posterior(i, 2 * BETA)[0], forgotten(i), world(i)[1]):
+            assert worst(draws, copies, i, wrong) > 5.5
+    assert torch.equal(draws.score, score_ids(draws.rollout.rows()))
+
+
 # ------------------------------------------------------------------------------------ the world
 def test_the_world_asks_for_something():
     """The posterior is far from the reference, texts stop early and late, prompts differ."""
@@ -213,29 +235,29 @@ def test_weights_by_hand():
 def test_weights_have_the_mean_z_and_are_those_of_the_enumeration(proposal, iid):
     """Within 5 standard errors of Z, 12 times: odds 1e-5 in all. An odd k: shares are 51/101."""
     target, k = make(policy=policy()), 101
-    rollout, score, logw = propose(target, PROMPTS * 40, k, rng(2), proposal, iid=iid)
-    drawn = numbers(rollout).view(40, 2, k)
+    rollout, score, logw = propose(target, PROMPTS * 25, k, rng(2), proposal, iid=iid)
+    drawn = numbers(rollout).view(25, 2, k)
     share = {"ref": 1.0, "policy": 0.0, "mixture": 0.5 if iid else 51 / 101}[proposal]
     for i in range(2):
         ref, r = world(i)[1:]
         p = exact.joint(exact.levels_of(policy(), PROMPTS[i], NEW, stop=STOP, temperature=0.8))
         q = (share * ref.exp() + (1 - share) * p.exp()).log()
         want = (ref + r / BETA - q)[drawn[:, i]]
-        got = logw.view(40, 2, k)[:, i]
+        got = logw.view(25, 2, k)[:, i]
         torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
         ratio = (got - posterior(i)[1]).exp().mean(1)  # of a prompt's copy
-        assert abs(ratio.mean() - 1) < 5 * ratio.std() / 40**0.5
+        assert abs(ratio.mean() - 1) < 5 * ratio.std() / 25**0.5
 
 
 def test_rejection_is_exact():
     """Chi-square at odds 1e-6 a prompt; acceptance is Z exp(-r_max / beta)."""
-    draws = rejection(make(), PROMPTS, 1500, rng(5), r_max=R_MAX)
+    draws = rejection(make(), PROMPTS, 500, rng(5), r_max=R_MAX)
     is_posterior(draws, 1)
     log_z = torch.stack([posterior(i)[1] for i in range(2)])
     torch.testing.assert_close(draws.log_z, log_z, rtol=0, atol=0.1)  # some 5 standard errors
     torch.testing.assert_close(draws.accepted.log(), draws.log_z - R_MAX / BETA)
-    assert draws.valid is None and (draws.proposals >= 1500 / draws.accepted * 0.9).all()
-    looser = rejection(make(), PROMPTS, 300, rng(5), r_max=R_MAX + 0.5)
+    assert draws.valid is None and (draws.proposals >= 500 / draws.accepted * 0.8).all()
+    looser = rejection(make(), PROMPTS, 20, rng(5), r_max=R_MAX + 0.5)
     assert (looser.accepted < 0.5 * draws.accepted).all()
 
 
@@ -257,10 +279,19 @@ def test_rejection_says_what_it_cannot_find():
 
 @pytest.mark.parametrize("proposal", ["ref", "policy", "mixture"])
 def test_sir_draws_the_posterior(proposal):
-    """One text of each of 800 sets of proposals a prompt: chi-square at odds 1e-6."""
-    draws = sir(make(policy=policy()), PROMPTS * 800, 1, rng(6), m=128, proposal=proposal)
-    is_posterior(draws, 800)
-    assert (draws.proposals == 128).all() and ((1 <= draws.ess) & (draws.ess <= 128)).all()
+    draws = sir(make(policy=policy()), PROMPTS * 500, 4, rng(6), m=15, proposal=proposal)
+    has_the_weighted_law(draws, 500)
+    assert (draws.proposals == 15).all() and ((1 <= draws.ess) & (draws.ess <= 15)).all()
+
+
+def test_sir_of_many_proposals_is_near_the_posterior_without_weights():
+    """Total variation of 2,000 texts: .09 from their number and .02 from m; ODDS below 1e-6."""
+    draws = sir(make(), PROMPTS, 2000, rng(6), m=6000, proposal="ref")
+    drawn = numbers(draws.rollout).view(2, 2000)
+    for i in range(2):
+        share = torch.bincount(drawn[i], minlength=V**NEW) / 2000
+        off = lambda law: (share - law.exp()).abs().sum() / 2  # noqa: E731, B023
+        assert off(posterior(i)[0]) < 0.15 < off(posterior(i, 2 * BETA)[0])
 
 
 def test_sir_of_one_proposal_is_the_proposal():
@@ -270,14 +301,13 @@ def test_sir_of_one_proposal_is_the_proposal():
     assert all(tail(drawn[:, i, 0], world(i)[1]) > ODDS for i in range(2))
 
 
-@pytest.mark.parametrize("proposal", ["ref", "policy", "mixture"])
-def test_imh_reaches_the_posterior(proposal):
-    draws = imh(make(policy=policy()), PROMPTS, 1000, rng(7), steps=60, proposal=proposal)
+def test_imh_reaches_the_posterior():
+    draws = imh(make(policy=policy()), PROMPTS, 400, rng(7), steps=30)
     is_posterior(draws, 1)
     log_z = torch.stack([posterior(i)[1] for i in range(2)])
     torch.testing.assert_close(draws.log_z, log_z, rtol=0, atol=0.1)
     assert ((0.05 < draws.accepted) & (draws.accepted < 0.9)).all()
-    assert draws.proposals.tolist() == [61_000, 61_000]
+    assert draws.proposals.tolist() == [31 * 400] * 2
 
 
 def from_law(laws, n, seed, target):
@@ -296,14 +326,14 @@ def from_law(laws, n, seed, target):
 
 @pytest.mark.parametrize("proposal", ["ref", "policy", "mixture"])
 def test_the_posterior_is_stationary_under_imh(proposal):
-    """From exact draws three steps lead to exact draws; at another beta they lead away."""
-    target, n = make(policy=policy()), 2000
+    """From exact draws two steps lead to exact draws; at another beta they lead away."""
+    target, n = make(policy=policy()), 1000
     start = from_law([posterior(i)[0] for i in range(2)], n, 8, target)
-    draws = imh(target, PROMPTS, n, rng(9), steps=3, proposal=proposal, start=start)
+    draws = imh(target, PROMPTS, n, rng(9), steps=2, proposal=proposal, start=start)
     is_posterior(draws, 1)
     moved = (numbers(draws.rollout) != numbers(start.rollout)).double().mean()
-    assert moved > 0.2 and draws.proposals.tolist() == [3 * n] * 2
-    away = imh(replace(target, beta=2 * BETA), PROMPTS, n, rng(9), steps=3, proposal=proposal,
+    assert moved > 0.15 and draws.proposals.tolist() == [2 * n] * 2
+    away = imh(replace(target, beta=2 * BETA), PROMPTS, n, rng(9), steps=2, proposal=proposal,
                start=start)
     drawn = numbers(away.rollout).view(2, n)
     assert all(tail(drawn[i], posterior(i)[0]) < ODDS for i in range(2))
@@ -312,15 +342,15 @@ def test_the_posterior_is_stationary_under_imh(proposal):
 @pytest.mark.parametrize("levels", [None, 1])
 def test_best_of_n_has_the_exact_law(levels):
     """With scores that differ and with ties; the laws for other N are caught."""
-    draws = best_of_n(make(levels=levels), PROMPTS, 3000, rng(10), best_of=4)
-    drawn = numbers(draws.rollout).view(2, 3000)
+    draws = best_of_n(make(levels=levels), PROMPTS, 1500, rng(10), best_of=4)
+    drawn = numbers(draws.rollout).view(2, 1500)
     for i in range(2):
         ref, r = world(i, levels)[1:]
         assert levels is None or len(r.unique()) <= 5
         assert tail(drawn[i], exact.best_of_n(ref, r, 4)) > ODDS
-        for other in (3, 5, 8):
+        for other in (2, 6):
             assert tail(drawn[i], exact.best_of_n(ref, r, other)) < ODDS
-    assert draws.proposals.tolist() == [12_000, 12_000] and draws.log_z is None
+    assert draws.proposals.tolist() == [6000, 6000] and draws.log_z is None
 
 
 # ---------------------------------------------------------------------------------- twisted SMC
@@ -383,26 +413,33 @@ def unbiased(draws, copies, wrong=()):
         assert se < 0.05  # so that others are caught: a Z that is off by a quarter
 
 
-@pytest.mark.parametrize("proposal", ["ref", "policy"])
-@pytest.mark.parametrize("threshold, systematic", [(0.0, True), (0.5, True), (1.1, True),
-                                                   (0.5, False)])
+@pytest.mark.parametrize("proposal, threshold, systematic", [
+    ("policy", 0.0, True), ("ref", 0.5, True), ("ref", 1.1, True), ("policy", 0.5, False)])
 def test_smc_has_the_mean_z_for_random_twists(proposal, threshold, systematic):
     """5 standard errors, twice: odds 1e-6; without, with some and with constant resampling."""
-    target, copies = make(policy=policy()), 600
-    draws = smc(target, PROMPTS * copies, 1, rng(11), particles=8, proposal=proposal,
+    target, copies = make(policy=policy()), 500
+    draws = smc(target, PROMPTS * copies, 2, rng(11), particles=8, proposal=proposal,
                 twist=random_twist(20), threshold=threshold, systematic=systematic)
     unbiased(draws, copies)
+    has_the_weighted_law(draws, copies)
 
 
 @pytest.mark.parametrize("layers", [0, 1])
-@pytest.mark.parametrize("proposal", ["ref", "policy"])
-def test_smc_draws_the_posterior_with_any_critic(proposal, layers):
-    """One text of each of 800 swarms a prompt, at odds 1e-6 a prompt."""
+def test_smc_draws_the_posterior_with_any_critic(layers):
     target = make(policy=policy(layers))
-    draws = smc(target, PROMPTS * 800, 1, rng(12), particles=48, proposal=proposal)
-    is_posterior(draws, 800)
-    unbiased(draws, 800)
-    assert (draws.proposals == 48).all() and ((1 <= draws.ess) & (draws.ess <= 48)).all()
+    draws = smc(target, PROMPTS * 500, 3, rng(12), particles=10, proposal="policy")
+    has_the_weighted_law(draws, 500)
+    unbiased(draws, 500)
+    assert (draws.proposals == 10).all() and ((1 <= draws.ess) & (draws.ess <= 10)).all()
+
+
+def test_smc_of_many_particles_is_near_the_posterior_without_weights():
+    draws = smc(make(), PROMPTS, 2000, rng(12), particles=6000, twist=random_twist(20, 0.5))
+    drawn = numbers(draws.rollout).view(2, 2000)
+    for i in range(2):
+        share = torch.bincount(drawn[i], minlength=V**NEW) / 2000
+        off = lambda law: (share - law.exp()).abs().sum() / 2  # noqa: E731, B023
+        assert off(posterior(i)[0]) < 0.15 < off(posterior(i, 2 * BETA)[0])
 
 
 @pytest.mark.parametrize("layers", [0, 1])
@@ -436,10 +473,11 @@ def test_optimal_twist_and_proposal_have_no_variance(threshold):
 
 def test_a_better_twist_has_less_variance():
     target, sd = make(), []
-    for twist in (random_twist(40, 2.0), lambda idx: torch.zeros(len(idx)), optimal_twist()):
+    best = optimal_twist()
+    for twist in (lambda idx: -best(idx), lambda idx: torch.zeros(len(idx)), best):
         draws = smc(target, PROMPTS[:1] * 200, 1, rng(15), particles=16, twist=twist)
-        sd.append((draws.log_z - posterior(0)[1]).exp().std())
-    assert sd[0] > 1.2 * sd[1] > 1.2 * 1.2 * sd[2]
+        sd.append((draws.log_z - posterior(0)[1]).std())
+    assert sd[0] > 1.2 * sd[1] > 1.2 * 1.2 * sd[2], sd
 
 
 # -------------------------------------------------------------------------- seeds, chunks, errors
