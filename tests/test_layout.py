@@ -17,7 +17,7 @@ RANK = {
     "bert": 1, "generate": 1, "report": 1, "throughput": 1, "bench": 1, "ngram_embedding": 0,
     "corpus": 2, "agreement": 2, "bench_logprob": 2, "bench_bpe": 2, "bench_generate": 2,
     "reward": 2, "ppo": 3, "bench_pretrain": 3, "bench_scaling": 4, "bench_ppo": 5,
-    "bench_objective": 6, "evaluation": 4, "__main__": 4,
+    "bench_objective": 6, "evaluation": 4, "__main__": 4, "samplers": 5, "smc": 6,
 }  # fmt: skip
 MODULES = sorted((ROOT / "nanokl").glob("*.py"))
 SCRIPTS = [ROOT / "train_pretrain.py", ROOT / "train_rlhf.py"]

@@ -281,11 +281,11 @@ def test_rejection_says_what_it_cannot_find():
 def test_sir_draws_the_posterior(proposal):
     draws = sir(make(policy=policy()), PROMPTS * 500, 4, rng(6), m=15, proposal=proposal)
     has_the_weighted_law(draws, 500)
-    assert (draws.proposals == 15).all() and ((1 <= draws.ess) & (draws.ess <= 15)).all()
+    assert (draws.proposals == 15).all() and ((0.999 < draws.ess) & (draws.ess < 15.001)).all()
 
 
 def test_sir_of_many_proposals_is_near_the_posterior_without_weights():
-    """Total variation of 2,000 texts: .09 from their number and .02 from m; ODDS below 1e-6."""
+    """Total variation of 2,000 texts: .1 expected, sd .01 at most; odds 1e-6."""
     draws = sir(make(), PROMPTS, 2000, rng(6), m=6000, proposal="ref")
     drawn = numbers(draws.rollout).view(2, 2000)
     for i in range(2):
@@ -403,14 +403,16 @@ def optimal_twist():
                      for i in range(2)])
 
 
-def unbiased(draws, copies, wrong=()):
-    """The mean of Z-hat / Z over copies of both prompts is 1 within 5 standard errors."""
+def unbiased(draws, copies):
+    """The mean of Z-hat over copies of both prompts is Z within 5 standard errors; others' is not.
+    """
     log_z = draws.log_z.view(copies, 2)
     for i in range(2):
         z = (log_z[:, i] - posterior(i)[1]).exp()
         se = z.std() / copies**0.5
         assert abs(z.mean() - 1) < 5 * se, (z.mean(), se)
-        assert se < 0.05  # so that others are caught: a Z that is off by a quarter
+        other = (posterior(i, 2 * BETA)[1] - posterior(i)[1]).exp()
+        assert abs(z.mean() - other) > 5 * se and se < 0.1, (z.mean(), other, se)
 
 
 @pytest.mark.parametrize("proposal, threshold, systematic", [
@@ -430,7 +432,7 @@ def test_smc_draws_the_posterior_with_any_critic(layers):
     draws = smc(target, PROMPTS * 500, 3, rng(12), particles=10, proposal="policy")
     has_the_weighted_law(draws, 500)
     unbiased(draws, 500)
-    assert (draws.proposals == 10).all() and ((1 <= draws.ess) & (draws.ess <= 10)).all()
+    assert (draws.proposals == 10).all() and ((0.999 < draws.ess) & (draws.ess < 10.001)).all()
 
 
 def test_smc_of_many_particles_is_near_the_posterior_without_weights():
