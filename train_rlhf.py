@@ -16,7 +16,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from nanokl import (
     UserError,
-    agreement,
     checkpoint,
     judgements,
     metrics,
@@ -27,8 +26,8 @@ from nanokl import (
     training,
 )
 from nanokl import runtime as rt
+from nanokl.comparisons import finish_reward, group_loss, reference_rollout, test_pairs
 from nanokl.evaluation import Stage, compare, prompt_docs
-from nanokl.generate import Rollout
 from nanokl.gpt import GPT
 from nanokl.tokenizer import Tokenizer
 
@@ -125,83 +124,15 @@ def load_gpt(flags: ppo.SamplingConfig, tokenizer: Tokenizer, runtime: rt.Runtim
     return ref.to(runtime.device).eval()
 
 
-def reference_rollout(flags: RewardFlags, tokenizer, runtime) -> Rollout:
-    """n_samples fresh texts of the reference policy, on training prompts."""
-    ref = load_gpt(flags, tokenizer, runtime)
-    docs = prompt_docs(flags.data, "train", flags.domains, tokenizer)
-    rng = rt.generator(flags.seed, "normalise")
-    stop = tokenizer.special("<|endoftext|>")
-    prompts = ppo.draw_prompts(docs, flags.n_samples, flags, start=stop, rng=rng)
-    return ppo.sample_rollouts(ref, prompts, flags, runtime, stop=stop, rng=rng)
-
-
-def comparison_batch(core, flags: RewardFlags, tokenizer, j, step: int, runtime: rt.Runtime):
-    """This process's comparisons of a step: a member's batch; wins, valid (G, K, K); all valid."""
-    rows, wins, valid = judgements.comparison_groups(
-        j, step, n_groups=flags.n_groups, group_size=flags.group_size, seed=flags.seed)
-    total = valid.sum()
-    domain = torch.from_numpy(j.domains)[rows]  # (G, K)
-    rng = rt.generator(flags.seed, "words", step)
-    if "lexicon" in j.domain_names:  # a word is read as if it stood in a snippet of any domain
-        words = j.domain_names.index("lexicon")
-        other = torch.randint(words, rows.shape, generator=rng)
-        domain = torch.where(domain == words, other, domain)
-    block_size = core.config.trunk_config["block_size"]
-    hide = torch.rand(*rows.shape, block_size, generator=rng) < flags.word_dropout
-    rows, wins, valid, domain, hide = map(runtime.shard, (rows, wins, valid, domain, hide))
-    texts = [j.texts[r] for r in rows.flatten()]
-    inputs = core.inputs(tokenizer, texts, domain.flatten(), hide.flatten(0, 1))
-    wins, valid, total, *inputs = (x.to(runtime.device) for x in (wins, valid, total, *inputs))
-    return inputs, wins, valid, total
-
-
-def comparison_loss(model, core, flags: RewardFlags, tokenizer, j, step: int,
-                    runtime: rt.Runtime) -> torch.Tensor:
-    """Bradley-Terry on this process's groups: one forward pass a snippet, all pairs compared."""
-    n = flags.members
-    parts = [comparison_batch(core, flags, tokenizer, j, n * step + k, runtime) for k in range(n)]
-    batches, wins, valid, total = zip(*parts, strict=True)
-    with runtime.autocast():
-        margins = model(*batches)  # (members, GK, 2)
-    margins = margins.transpose(1, 2).reshape(-1, flags.group_size)  # (2 members G, K)
-    wins, valid = (torch.cat([y for x in xs for y in (x, x)]) for xs in (wins, valid))
-    loss, info = reward.bradley_terry(margins, wins, valid)
-    return loss * info["n_pairs"] * runtime.world / (2 * sum(total))  # a mean over all processes
-
-
-def test_pairs(model, tokenizer, j: judgements.Judgements, runtime) -> dict:
-    """Agreement with raters on held-out snippets, on Bradley-Terry's own scale."""
-    with runtime.autocast():
-        score = model.score_texts(tokenizer, j.texts, j.domains)
-    score = (score - model.bias.cpu()) / model.gain.cpu()
-    return agreement.pair_report(score.double().numpy(), j)
-
-
-def finish_reward(flags: RewardFlags, tokenizer, val, test, yardstick: Rollout, runtime) -> dict:
-    """Weighs the best model's parts, normalises it, and holds it against raters and yardsticks."""
-    model = checkpoint.load(flags.out / "best", reward.RewardModel).to(runtime.device)
-    model.gain.fill_(1), model.bias.zero_()  # resumed here, it may have been normalised before
-    with runtime.autocast():
-        model.stack(model.margins_of(tokenizer, val.texts, val.domains), val.pairs)
-        model.normalise(ppo.score_rollouts(lambda _, texts: model.score_texts(tokenizer, texts),
-                                           yardstick, tokenizer, runtime))
-    if runtime.is_main:
-        checkpoint.save(flags.out / "best", model, tokenizer=tokenizer)
-    report = test_pairs(model, tokenizer, test, runtime)
-    given = json.loads((flags.data / "meta.json").read_bytes()).get("given", {})
-    return {**report, "weights": dict(zip(("encoder", "linear"), model.v.tolist(), strict=True)),
-            "given": given}
-
-
 def train_reward(flags: RewardFlags) -> None:
     """The whole run: comparisons, early stop on validation, normalisation, test numbers."""
-    # 1. Trunk and head, judgements, optimisers; on --resume their state.
+    # 1. Trunk, judgements, yardstick (wrong flags show here), optimisers; on --resume their state.
     runtime = rt.setup(flags.device, flags.dtype)
     tokenizer = Tokenizer.load(flags.data)
     trunk = reward.load_trunk(pretrained(flags.init, tokenizer), dropout=flags.dropout)
     torch.manual_seed(flags.seed)  # the head
     train, val, test = (judgements.Judgements.load(flags.data, s) for s in ("train", "val", "test"))
-    yardstick = reference_rollout(flags, tokenizer, runtime)  # now: a wrong flag shows at once
+    yardstick = reference_rollout(load_gpt(flags, tokenizer, runtime), flags, tokenizer, runtime)
     core = reward.RewardModel.on(
         trunk, n_domain=len(train.domain_names), dropout=flags.dropout, members=flags.members,
         ngram_dropout=flags.ngram_dropout,
@@ -224,7 +155,7 @@ def train_reward(flags: RewardFlags) -> None:
             training.seed_step(flags.seed, step, runtime)
             optim.set_lr(optimizers, optim.lr_scale(step - 1, flags.steps, warmup=flags.warmup,
                                                     decay=flags.decay))
-            loss = comparison_loss(model, core, flags, tokenizer, train, step - 1, runtime)
+            loss = group_loss(model, core, flags, tokenizer, train, step - 1, runtime)
             training.gradient_step(loss, core.parameters(), optimizers, step=step, out=flags.out,
                                    max_grad_norm=math.inf)  # one norm would tie the parts together
             average.update_parameters(core)
