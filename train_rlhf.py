@@ -1,4 +1,4 @@
-"""From human ratings to a policy: a reward model, then KL-penalised PPO against it.
+"""From human ratings to a policy: a reward model, then KL-penalised PPO (or others) against it.
 
     python train_rlhf.py reward --data data/hutto --policy runs/gpt --init runs/bert --out runs/rm
     python train_rlhf.py ppo    --data data/hutto --policy runs/gpt --reward runs/rm --out runs/ppo
@@ -23,6 +23,7 @@ from nanokl import (
     ppo,
     require_positive,
     reward,
+    trainers,
     training,
 )
 from nanokl import runtime as rt
@@ -83,8 +84,8 @@ class RewardFlags(Flags, ppo.SamplingConfig):
 
 
 @dataclass(kw_only=True)
-class PPOFlags(Flags, ppo.PPOConfig):
-    """KL-penalised PPO from a pretrained GPT."""
+class PPOFlags(Flags, trainers.TrainerConfig):
+    """From a pretrained GPT towards its posterior: KL-penalised PPO, or another --method."""
 
     policy: Path  # the GPT run to start from; it stays the reference
     reward: str  # a reward run, or FILE.py:FUNCTION
@@ -100,10 +101,13 @@ class PPOFlags(Flags, ppo.PPOConfig):
 
     def __post_init__(self):
         Flags.__post_init__(self)
-        ppo.PPOConfig.__post_init__(self)
+        trainers.TrainerConfig.__post_init__(self)
         require_positive(self, "batch", "kl_target", "save_every")
         if not 0 <= self.beta < math.inf or self.n_eval < 2:
             raise UserError(f"beta is {self.beta}, n_eval {self.n_eval}: give at least 0 and 2")
+        if self.beta == 0 and self.method in ("dpo", "dpg", "sft"):
+            raise UserError(f"beta is 0, and {self.method} divides by it: give a number above 0, "
+                            "or --method ppo, rloo or grpo")
 
 
 def pretrained(path: Path, tokenizer: Tokenizer) -> Path:
@@ -189,34 +193,62 @@ def train_reward(flags: RewardFlags) -> None:
 def ppo_batch(stage: Stage, model, policy: GPT, optimizers, docs, step: int, beta: float) -> dict:
     """Rollouts, and the epochs of updates on them; the metrics describe the policy before."""
     # 1. Sample and score. 2. Measure under policy and reference, in the first epoch's minibatches.
-    flags, rng, n = stage.config, rt.generator(stage.seed, "ppo", step), stage.runtime.world
-    rollout, score = stage.rollouts(policy, stage.prompts(docs, flags.batch, rng), rng)
-    minibatches = stage.minibatches(flags.batch, rng)
-    x = ppo.collect(policy, stage.ref, rollout, score, minibatches, flags, stage.runtime, beta=beta)
-    # 3. A few epochs of clipped updates.
+    flags, rng, runtime = stage.config, rt.generator(stage.seed, "ppo", step), stage.runtime
+    prompts = stage.prompts(docs, flags.batch // flags.group, rng)
+    sampler = stage.ref if flags.method == "sft" else policy
+    rollout = stage.rollouts(sampler, [p for p in prompts for _ in range(flags.group)], rng)
+    minibatches = stage.minibatches(flags.batch, rng, flags.group)
+    x = trainers.collect(policy, stage.ref, *rollout, minibatches, flags, runtime, beta=beta)
+    row = batch_metrics(x, beta)
+    if sampler is not policy:  # x does not show what the policy says
+        rollout, order = stage.rollouts(policy, prompts, rng), stage.minibatches(len(prompts), rng)
+        row = batch_metrics(ppo.collect(policy, stage.ref, *rollout, order, flags, runtime,
+                                        beta=beta), beta)
+    # 3. A few epochs of updates.
     infos = []
     for epoch in range(flags.n_epoch):
-        for rows in minibatches if epoch == 0 else stage.minibatches(flags.batch, rng):
-            loss, info = ppo.minibatch_loss(model, policy, x, rows, flags, stage.runtime)
+        for rows in minibatches if epoch == 0 else stage.minibatches(flags.batch, rng, flags.group):
+            loss, info = trainers.minibatch_loss(model, policy, x, rows, flags, runtime, beta=beta)
             norm = training.gradient_step(loss, policy.parameters(), optimizers, step=step,
                                           max_grad_norm=flags.max_grad_norm, out=flags.out)
             infos.append({**info, "grad_norm": norm})
     # 4. The last update may have broken the policy, and what comes next may save it.
+    few = rows.view(flags.group, -1)[:, : runtime.world].flatten()
     with torch.no_grad():
-        loss, _ = ppo.minibatch_loss(policy, policy, x, rows[:n], flags, stage.runtime)
-    training.check_finite(not stage.runtime.any(not loss.isfinite()), step, flags.out)
-    kl = x.kl.sum(1).mean().item()
-    means = {key: stage.runtime.mean(torch.stack([i[key] for i in infos]).mean()).item()
+        loss, _ = trainers.minibatch_loss(policy, policy, x, few, flags, runtime, beta=beta)
+    training.check_finite(not runtime.any(not loss.isfinite()), step, flags.out)
+    means = {key: runtime.mean(torch.stack([i[key] for i in infos]).mean()).item()
              for key in infos[0]}
+    return {**row, **means, "first_ratio_max_deviation": infos[0]["ratio_max_deviation"].item()}
+
+
+def batch_metrics(x: ppo.Experience, beta: float) -> dict:
+    """What a batch says about the policy that sampled it."""
+    kl, mask = x.kl.sum(1).mean().item(), x.rollout.mask
     return {
-        "reward_mean": score.mean().item(), "kl_nats_per_sequence": kl,
+        "reward_mean": x.score.mean().item(), "kl_nats_per_sequence": kl,
         "kl_k1_nats_per_sequence": (x.logp - x.logp_ref).sum(1).mean().item(),
-        "objective": score.mean().item() - beta * kl, "beta": beta,
-        "entropy_nats_per_token": (x.entropy.sum() / rollout.mask.sum()).item(),
-        "response_tokens_mean": rollout.mask.sum(1).float().mean().item(),
-        "distinct_2": ppo.distinct_n(rollout.responses()), **means,
-        "first_ratio_max_deviation": infos[0]["ratio_max_deviation"].item(),
+        "objective": x.score.mean().item() - beta * kl, "beta": beta,
+        "entropy_nats_per_token": (x.entropy.sum() / mask.sum()).item(),
+        "response_tokens_mean": mask.sum(1).float().mean().item(),
+        "distinct_2": ppo.distinct_n(x.rollout.responses()),
     }
+
+
+def finish_ppo(stage: Stage, policy: GPT, docs, log: metrics.Log, first: dict, *,
+               beta: float) -> None:
+    """The summary: fresh samples, on held-out prompts; whether the policy has collapsed."""
+    flags = stage.config
+    numbers, samples = compare(stage, policy, docs, n=flags.n_eval, beta=beta)
+    if stage.runtime.is_main:
+        rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
+        metrics.write_text(flags.out / "samples.jsonl", rows)
+    entropy, before = numbers["entropy_nats_per_token"], first.get("entropy_at_step_0", 0.0)
+    if collapsed := entropy < 0.1 * before:
+        log.line(f"collapsed: {entropy:.2g} nats of entropy a token are left of {before:.2g}; try "
+                 "a larger --beta, or a lower --lr")
+    log.close({"method": flags.method, "episodes": flags.steps * flags.batch, "steps": flags.steps,
+               "seed": flags.seed, **numbers, **first, "collapsed": collapsed})
 
 
 def train_ppo(flags: PPOFlags) -> None:
@@ -231,7 +263,10 @@ def train_ppo(flags: PPOFlags) -> None:
                       for split in ("train", "val"))
     for texts in (docs, held_out):  # a split that has no prompts shows at once
         stage.prompts(texts, 1, rt.generator(flags.seed))
-    policy = ppo.make_policy(ref, critic_layers=flags.critic_layers)
+    stage.minibatches(flags.batch, rt.generator(flags.seed), flags.group)  # so do wrong sizes
+    critic = flags.method == "ppo"
+    policy = ppo.make_policy(ref, critic_layers=flags.critic_layers if critic else 0)
+    policy.value.requires_grad_(critic)
     optimizers = optim.make_optimizers(policy, lr=flags.lr, muon_lr=flags.muon_lr,
                                        betas=(0.9, 0.95), dtype=runtime.dtype,
                                        weight_decay=flags.weight_decay)
@@ -243,6 +278,9 @@ def train_ppo(flags: PPOFlags) -> None:
     model = runtime.wrap(policy)
     log = metrics.Log(flags.out, total=flags.steps, unit="batch", is_main=runtime.is_main,
                       resume_step=start)
+    if flags.beta == 0:
+        log.line("beta is 0: KL costs nothing, and the best policy is any law on the texts of the "
+                 "highest reward: expect a collapse")
     # 2. Batches of rollouts, a few epochs of updates on each.
     with training.nothing_half_written(flags.out, runtime), log, rt.Interrupt() as interrupt:
         for step in range(start + 1, flags.steps + 1):
@@ -252,7 +290,8 @@ def train_ppo(flags: PPOFlags) -> None:
             ratio = row.pop("first_ratio_max_deviation")
             if step == 1:
                 first = {"first_ratio_max_deviation": ratio,
-                         "kl_at_step_0": row["kl_nats_per_sequence"]}
+                         "kl_at_step_0": row["kl_nats_per_sequence"],
+                         "entropy_at_step_0": row["entropy_nats_per_token"]}
             log.step(step, episodes=step * flags.batch, **row)
             controller.update(row["kl_nats_per_sequence"], flags.batch)
             stop = runtime.any(interrupt.set)
@@ -263,12 +302,7 @@ def train_ppo(flags: PPOFlags) -> None:
                 runtime.barrier()  # the main process has saved
                 training.leave(interrupt, log, step, flags.out)
         # 3. Fresh samples of reference and policy, on held-out prompts.
-        numbers, samples = compare(stage, policy, held_out, n=flags.n_eval, beta=controller.beta)
-        if runtime.is_main:
-            rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
-            metrics.write_text(flags.out / "samples.jsonl", rows)
-        log.close({"episodes": flags.steps * flags.batch, "steps": flags.steps, "seed": flags.seed,
-                   **numbers, **first})
+        finish_ppo(stage, policy, held_out, log, first, beta=controller.beta)
 
 
 def main() -> None:

@@ -53,10 +53,19 @@ class Stage:
         rollout = ppo.sample_rollouts(policy, prompts, *where, stop=stop, rng=rng)
         return rollout, ppo.score_rollouts(self.reward, rollout, self.tokenizer, self.runtime)
 
-    def minibatches(self, n: int, rng) -> list[Tensor]:
-        """A shuffled epoch of row numbers."""
-        rows = torch.randperm(n, generator=rng).to(self.runtime.device)
-        return list(rows.split(self.config.minibatch))
+    def minibatches(self, n: int, rng, group: int = 1) -> list[Tensor]:
+        """A shuffled epoch of row numbers, groups of rows side by side kept whole.
+
+        A minibatch seen as (group, groups) has a group in each column, so that a process's shard of
+        it, every world-th row, has whole ones.
+        """
+        size, world = self.config.minibatch, self.runtime.world
+        if math.gcd(n, size) % (group * world):
+            raise UserError(f"--batch {n} and --minibatch {size} must be multiples of --group "
+                            f"{group} times the {world} processes")
+        first = torch.randperm(n // group, generator=rng).to(self.runtime.device) * group
+        member = torch.arange(group, device=first.device)[:, None]
+        return [(rows + member).flatten() for rows in first.split(size // group)]
 
 
 # Of n reference samples a prompt the best is kept: KL(best-of-n || ref) <= log n - (n - 1)/n.
@@ -80,8 +89,9 @@ def compare(stage: Stage, policy: GPT, docs, *, n: int, beta: float) -> tuple[di
     ref_rollout, ref_score = stage.rollouts(stage.ref, prompts, generator(stage.seed, "samples"))
     rollout, score = stage.rollouts(policy, prompts, generator(stage.seed, "samples"))
     order = list(torch.arange(n, device=score.device).split(256))
-    kl = ppo.measure(policy, stage.ref, rollout, order, stage.config, stage.runtime)[2].sum(1)
-    out = {"beta": beta, "samples": len(prompts),
+    measured = ppo.measure(policy, stage.ref, rollout, order, stage.config, stage.runtime)
+    kl, entropy = measured[2].sum(1), measured[3].sum() / rollout.mask.sum()
+    out = {"beta": beta, "samples": len(prompts), "entropy_nats_per_token": entropy.item(),
            "reward_ref_sd": ref_score.std().item(),
            "distinct_2": ppo.distinct_n(rollout.responses()),
            "distinct_2_ref": ppo.distinct_n(ref_rollout.responses())}
