@@ -1,4 +1,4 @@
-"""From human ratings to a policy: a reward model, then KL-penalised PPO against it.
+"""From human ratings to a policy: a reward model, then KL-penalised PPO (or others) against it.
 
     python train_rlhf.py reward --data data/hutto --policy runs/gpt --init runs/bert --out runs/rm
     python train_rlhf.py ppo    --data data/hutto --policy runs/gpt --reward runs/rm --out runs/ppo
@@ -16,7 +16,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from nanokl import (
     UserError,
-    agreement,
     checkpoint,
     judgements,
     metrics,
@@ -24,12 +23,14 @@ from nanokl import (
     ppo,
     require_positive,
     reward,
+    trainers,
     training,
 )
 from nanokl import runtime as rt
-from nanokl.evaluation import Stage, compare, prompt_docs
-from nanokl.generate import Rollout
+from nanokl.comparisons import finish_reward, group_loss, reference_rollout, test_pairs
+from nanokl.evaluation import Stage, compare, load_gpt, pretrained, prompt_docs
 from nanokl.gpt import GPT
+from nanokl.posterior import Ruler, brief, whole_account
 from nanokl.tokenizer import Tokenizer
 
 
@@ -84,8 +85,8 @@ class RewardFlags(Flags, ppo.SamplingConfig):
 
 
 @dataclass(kw_only=True)
-class PPOFlags(Flags, ppo.PPOConfig):
-    """KL-penalised PPO from a pretrained GPT."""
+class PPOFlags(Flags, trainers.TrainerConfig):
+    """From a pretrained GPT towards its posterior: KL-penalised PPO, or another --method."""
 
     policy: Path  # the GPT run to start from; it stays the reference
     reward: str  # a reward run, or FILE.py:FUNCTION
@@ -97,111 +98,34 @@ class PPOFlags(Flags, ppo.PPOConfig):
     beta: float = 0.1  # price of one nat of KL, in units of the reward
     kl_target: float | None = None  # nats per sequence: adapts beta (Ziegler et al.)
     save_every: int = 20  # batches between checkpoints
+    eval_every: int = 20  # batches between evaluations, at an eighth of the last one's samples
     n_eval: int = 1024  # fresh samples for the final numbers
+    posterior_prompts: int = 16  # prompts on which the gap to the posterior is measured
+    posterior_samples: int = 1024  # texts each of reference and policy for each of them; 0: none
 
     def __post_init__(self):
         Flags.__post_init__(self)
-        ppo.PPOConfig.__post_init__(self)
-        require_positive(self, "batch", "kl_target", "save_every")
+        trainers.TrainerConfig.__post_init__(self)
+        require_positive(self, "batch", "kl_target", "save_every", "eval_every", "posterior_prompts")
         if not 0 <= self.beta < math.inf or self.n_eval < 2:
             raise UserError(f"beta is {self.beta}, n_eval {self.n_eval}: give at least 0 and 2")
-
-
-def pretrained(path: Path, tokenizer: Tokenizer) -> Path:
-    """The checkpoint of a run, checked against the data's tokenizer."""
-    folder = checkpoint.resolve(path)
-    if Tokenizer.load(folder).hash != tokenizer.hash:
-        raise UserError(f"{path} was trained with another tokenizer than --data's: pretrain on it")
-    return folder
-
-
-def load_gpt(flags: ppo.SamplingConfig, tokenizer: Tokenizer, runtime: rt.Runtime) -> GPT:
-    """The reference policy, whose context must hold the longest prompt and response."""
-    ref = GPT.from_pretrained(pretrained(flags.policy, tokenizer), dropout=0.0)
-    if 1 + flags.max_prompt + flags.max_new_tokens > ref.config.block_size:
-        raise UserError(f"--max_prompt {flags.max_prompt} and --max_new_tokens "
-                        f"{flags.max_new_tokens}, and 1 to start, do not fit the policy's context "
-                        f"of {ref.config.block_size}: lower one of them")
-    return ref.to(runtime.device).eval()
-
-
-def reference_rollout(flags: RewardFlags, tokenizer, runtime) -> Rollout:
-    """n_samples fresh texts of the reference policy, on training prompts."""
-    ref = load_gpt(flags, tokenizer, runtime)
-    docs = prompt_docs(flags.data, "train", flags.domains, tokenizer)
-    rng = rt.generator(flags.seed, "normalise")
-    stop = tokenizer.special("<|endoftext|>")
-    prompts = ppo.draw_prompts(docs, flags.n_samples, flags, start=stop, rng=rng)
-    return ppo.sample_rollouts(ref, prompts, flags, runtime, stop=stop, rng=rng)
-
-
-def comparison_batch(core, flags: RewardFlags, tokenizer, j, step: int, runtime: rt.Runtime):
-    """This process's comparisons of a step: a member's batch; wins, valid (G, K, K); all valid."""
-    rows, wins, valid = judgements.comparison_groups(
-        j, step, n_groups=flags.n_groups, group_size=flags.group_size, seed=flags.seed)
-    total = valid.sum()
-    domain = torch.from_numpy(j.domains)[rows]  # (G, K)
-    rng = rt.generator(flags.seed, "words", step)
-    if "lexicon" in j.domain_names:  # a word is read as if it stood in a snippet of any domain
-        words = j.domain_names.index("lexicon")
-        other = torch.randint(words, rows.shape, generator=rng)
-        domain = torch.where(domain == words, other, domain)
-    block_size = core.config.trunk_config["block_size"]
-    hide = torch.rand(*rows.shape, block_size, generator=rng) < flags.word_dropout
-    rows, wins, valid, domain, hide = map(runtime.shard, (rows, wins, valid, domain, hide))
-    texts = [j.texts[r] for r in rows.flatten()]
-    inputs = core.inputs(tokenizer, texts, domain.flatten(), hide.flatten(0, 1))
-    wins, valid, total, *inputs = (x.to(runtime.device) for x in (wins, valid, total, *inputs))
-    return inputs, wins, valid, total
-
-
-def comparison_loss(model, core, flags: RewardFlags, tokenizer, j, step: int,
-                    runtime: rt.Runtime) -> torch.Tensor:
-    """Bradley-Terry on this process's groups: one forward pass a snippet, all pairs compared."""
-    n = flags.members
-    parts = [comparison_batch(core, flags, tokenizer, j, n * step + k, runtime) for k in range(n)]
-    batches, wins, valid, total = zip(*parts, strict=True)
-    with runtime.autocast():
-        margins = model(*batches)  # (members, GK, 2)
-    margins = margins.transpose(1, 2).reshape(-1, flags.group_size)  # (2 members G, K)
-    wins, valid = (torch.cat([y for x in xs for y in (x, x)]) for xs in (wins, valid))
-    loss, info = reward.bradley_terry(margins, wins, valid)
-    return loss * info["n_pairs"] * runtime.world / (2 * sum(total))  # a mean over all processes
-
-
-def test_pairs(model, tokenizer, j: judgements.Judgements, runtime) -> dict:
-    """Agreement with raters on held-out snippets, on Bradley-Terry's own scale."""
-    with runtime.autocast():
-        score = model.score_texts(tokenizer, j.texts, j.domains)
-    score = (score - model.bias.cpu()) / model.gain.cpu()
-    return agreement.pair_report(score.double().numpy(), j)
-
-
-def finish_reward(flags: RewardFlags, tokenizer, val, test, yardstick: Rollout, runtime) -> dict:
-    """Weighs the best model's parts, normalises it, and holds it against raters and yardsticks."""
-    model = checkpoint.load(flags.out / "best", reward.RewardModel).to(runtime.device)
-    model.gain.fill_(1), model.bias.zero_()  # resumed here, it may have been normalised before
-    with runtime.autocast():
-        model.stack(model.margins_of(tokenizer, val.texts, val.domains), val.pairs)
-        model.normalise(ppo.score_rollouts(lambda _, texts: model.score_texts(tokenizer, texts),
-                                           yardstick, tokenizer, runtime))
-    if runtime.is_main:
-        checkpoint.save(flags.out / "best", model, tokenizer=tokenizer)
-    report = test_pairs(model, tokenizer, test, runtime)
-    given = json.loads((flags.data / "meta.json").read_bytes()).get("given", {})
-    return {**report, "weights": dict(zip(("encoder", "linear"), model.v.tolist(), strict=True)),
-            "given": given}
+        if self.posterior_samples and (self.posterior_samples < 32 or self.posterior_samples % 32):
+            raise UserError(f"posterior_samples is {self.posterior_samples}: give a multiple of 32,"
+                            " or 0 to leave the posterior out")
+        if self.beta == 0 and self.method in ("dpo", "dpg", "sft"):
+            raise UserError(f"beta is 0, and {self.method} divides by it: give a number above 0, "
+                            "or --method ppo, rloo or grpo")
 
 
 def train_reward(flags: RewardFlags) -> None:
     """The whole run: comparisons, early stop on validation, normalisation, test numbers."""
-    # 1. Trunk and head, judgements, optimisers; on --resume their state.
+    # 1. Trunk, judgements, yardstick (wrong flags show here), optimisers; on --resume their state.
     runtime = rt.setup(flags.device, flags.dtype)
     tokenizer = Tokenizer.load(flags.data)
     trunk = reward.load_trunk(pretrained(flags.init, tokenizer), dropout=flags.dropout)
     torch.manual_seed(flags.seed)  # the head
     train, val, test = (judgements.Judgements.load(flags.data, s) for s in ("train", "val", "test"))
-    yardstick = reference_rollout(flags, tokenizer, runtime)  # now: a wrong flag shows at once
+    yardstick = reference_rollout(load_gpt(flags, tokenizer, runtime), flags, tokenizer, runtime)
     core = reward.RewardModel.on(
         trunk, n_domain=len(train.domain_names), dropout=flags.dropout, members=flags.members,
         ngram_dropout=flags.ngram_dropout,
@@ -224,7 +148,7 @@ def train_reward(flags: RewardFlags) -> None:
             training.seed_step(flags.seed, step, runtime)
             optim.set_lr(optimizers, optim.lr_scale(step - 1, flags.steps, warmup=flags.warmup,
                                                     decay=flags.decay))
-            loss = comparison_loss(model, core, flags, tokenizer, train, step - 1, runtime)
+            loss = group_loss(model, core, flags, tokenizer, train, step - 1, runtime)
             training.gradient_step(loss, core.parameters(), optimizers, step=step, out=flags.out,
                                    max_grad_norm=math.inf)  # one norm would tie the parts together
             average.update_parameters(core)
@@ -258,34 +182,74 @@ def train_reward(flags: RewardFlags) -> None:
 def ppo_batch(stage: Stage, model, policy: GPT, optimizers, docs, step: int, beta: float) -> dict:
     """Rollouts, and the epochs of updates on them; the metrics describe the policy before."""
     # 1. Sample and score. 2. Measure under policy and reference, in the first epoch's minibatches.
-    flags, rng, n = stage.config, rt.generator(stage.seed, "ppo", step), stage.runtime.world
-    rollout, score = stage.rollouts(policy, stage.prompts(docs, flags.batch, rng), rng)
-    minibatches = stage.minibatches(flags.batch, rng)
-    x = ppo.collect(policy, stage.ref, rollout, score, minibatches, flags, stage.runtime, beta=beta)
-    # 3. A few epochs of clipped updates.
+    flags, rng, runtime = stage.config, rt.generator(stage.seed, "ppo", step), stage.runtime
+    prompts = stage.prompts(docs, flags.batch // flags.group, rng)
+    sampler = stage.ref if flags.method == "sft" else policy
+    rollout = stage.rollouts(sampler, [p for p in prompts for _ in range(flags.group)], rng)
+    minibatches = stage.minibatches(flags.batch, rng, flags.group)
+    x = trainers.collect(policy, stage.ref, *rollout, minibatches, flags, runtime, beta=beta)
+    row = batch_metrics(x, beta)
+    if sampler is not policy:  # x does not show what the policy says
+        rollout, order = stage.rollouts(policy, prompts, rng), stage.minibatches(len(prompts), rng)
+        row = batch_metrics(ppo.collect(policy, stage.ref, *rollout, order, flags, runtime,
+                                        beta=beta), beta)
+    # 3. A few epochs of updates.
     infos = []
     for epoch in range(flags.n_epoch):
-        for rows in minibatches if epoch == 0 else stage.minibatches(flags.batch, rng):
-            loss, info = ppo.minibatch_loss(model, policy, x, rows, flags, stage.runtime)
+        for rows in minibatches if epoch == 0 else stage.minibatches(flags.batch, rng, flags.group):
+            loss, info = trainers.minibatch_loss(model, policy, x, rows, flags, runtime, beta=beta)
             norm = training.gradient_step(loss, policy.parameters(), optimizers, step=step,
                                           max_grad_norm=flags.max_grad_norm, out=flags.out)
             infos.append({**info, "grad_norm": norm})
     # 4. The last update may have broken the policy, and what comes next may save it.
+    few = rows.view(flags.group, -1)[:, : runtime.world].flatten()
     with torch.no_grad():
-        loss, _ = ppo.minibatch_loss(policy, policy, x, rows[:n], flags, stage.runtime)
-    training.check_finite(not stage.runtime.any(not loss.isfinite()), step, flags.out)
-    kl = x.kl.sum(1).mean().item()
-    means = {key: stage.runtime.mean(torch.stack([i[key] for i in infos]).mean()).item()
+        loss, _ = trainers.minibatch_loss(policy, policy, x, few, flags, runtime, beta=beta)
+    training.check_finite(not runtime.any(not loss.isfinite()), step, flags.out)
+    means = {key: runtime.mean(torch.stack([i[key] for i in infos]).mean()).item()
              for key in infos[0]}
+    return {**row, **means, "first_ratio_max_deviation": infos[0]["ratio_max_deviation"].item()}
+
+
+def batch_metrics(x: ppo.Experience, beta: float) -> dict:
+    """What a batch says about the policy that sampled it."""
+    kl, mask = x.kl.sum(1).mean().item(), x.rollout.mask
     return {
-        "reward_mean": score.mean().item(), "kl_nats_per_sequence": kl,
+        "reward_mean": x.score.mean().item(), "kl_nats_per_sequence": kl,
         "kl_k1_nats_per_sequence": (x.logp - x.logp_ref).sum(1).mean().item(),
-        "objective": score.mean().item() - beta * kl, "beta": beta,
-        "entropy_nats_per_token": (x.entropy.sum() / rollout.mask.sum()).item(),
-        "response_tokens_mean": rollout.mask.sum(1).float().mean().item(),
-        "distinct_2": ppo.distinct_n(rollout.responses()), **means,
-        "first_ratio_max_deviation": infos[0]["ratio_max_deviation"].item(),
+        "objective": x.score.mean().item() - beta * kl, "beta": beta,
+        "entropy_nats_per_token": (x.entropy.sum() / mask.sum()).item(),
+        "response_tokens_mean": mask.sum(1).float().mean().item(),
+        "distinct_2": ppo.distinct_n(x.rollout.responses()),
     }
+
+
+def ruler(stage: Stage, docs, share: int = 1) -> Ruler:
+    """What measures the gap to the posterior, with a `share`-th of the samples."""
+    flags = stage.config
+    return Ruler(stage, docs, prompts=flags.posterior_prompts,
+                 samples=flags.posterior_samples // share)
+
+
+def finish_ppo(stage: Stage, policy: GPT, docs, log: metrics.Log, first: dict, *,
+               beta: float) -> None:
+    """The summary: fresh samples, on held-out prompts; whether the policy has collapsed."""
+    flags = stage.config
+    numbers, samples = compare(stage, policy, docs, n=flags.n_eval, beta=beta)
+    if stage.runtime.is_main:
+        rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
+        metrics.write_text(flags.out / "samples.jsonl", rows)
+    if flags.posterior_samples:
+        account, numbers["posterior"] = whole_account(ruler(stage, docs), policy, beta)
+        for line in account.lines():
+            log.line(line)
+    entropy, before = numbers["entropy_nats_per_token"], first.get("entropy_at_step_0", 0.0)
+    if collapsed := entropy < 0.1 * before:
+        log.line(f"collapsed: {entropy:.2g} nats of entropy a token are left of {before:.2g}; try "
+                 "a larger --beta, or a lower --lr")
+    log.close({"method": flags.method, "kl_placement": flags.kl_placement,
+               "episodes": flags.steps * flags.batch, "steps": flags.steps,
+               "seed": flags.seed, **numbers, **first, "collapsed": collapsed})
 
 
 def train_ppo(flags: PPOFlags) -> None:
@@ -300,7 +264,10 @@ def train_ppo(flags: PPOFlags) -> None:
                       for split in ("train", "val"))
     for texts in (docs, held_out):  # a split that has no prompts shows at once
         stage.prompts(texts, 1, rt.generator(flags.seed))
-    policy = ppo.make_policy(ref, critic_layers=flags.critic_layers)
+    stage.minibatches(flags.batch, rt.generator(flags.seed), flags.group)  # so do wrong sizes
+    critic = flags.method == "ppo"
+    policy = ppo.make_policy(ref, critic_layers=flags.critic_layers if critic else 0)
+    policy.value.requires_grad_(critic)
     optimizers = optim.make_optimizers(policy, lr=flags.lr, muon_lr=flags.muon_lr,
                                        betas=(0.9, 0.95), dtype=runtime.dtype,
                                        weight_decay=flags.weight_decay)
@@ -312,6 +279,9 @@ def train_ppo(flags: PPOFlags) -> None:
     model = runtime.wrap(policy)
     log = metrics.Log(flags.out, total=flags.steps, unit="batch", is_main=runtime.is_main,
                       resume_step=start, warning=flags.kl_warning)
+    if flags.beta == 0:
+        log.line("beta is 0: KL costs nothing, and the best policy is any law on the texts of the "
+                 "highest reward: expect a collapse")
     # 2. Batches of rollouts, a few epochs of updates on each.
     with training.nothing_half_written(flags.out, runtime), log, rt.Interrupt() as interrupt:
         for step in range(start + 1, flags.steps + 1):
@@ -321,8 +291,12 @@ def train_ppo(flags: PPOFlags) -> None:
             ratio = row.pop("first_ratio_max_deviation")
             if step == 1:
                 first = {"first_ratio_max_deviation": ratio,
-                         "kl_at_step_0": row["kl_nats_per_sequence"]}
+                         "kl_at_step_0": row["kl_nats_per_sequence"],
+                         "entropy_at_step_0": row["entropy_nats_per_token"]}
             log.step(step, episodes=step * flags.batch, **row)
+            if flags.posterior_samples and step % flags.eval_every == 0 and step < flags.steps:
+                account = ruler(stage, held_out, 8).account(policy, controller.beta)
+                log.event(step, **brief(account))
             controller.update(row["kl_nats_per_sequence"], flags.batch)
             stop = runtime.any(interrupt.set)
             if runtime.is_main and (stop or step % flags.save_every == 0 or step == flags.steps):
@@ -332,12 +306,7 @@ def train_ppo(flags: PPOFlags) -> None:
                 runtime.barrier()  # the main process has saved
                 training.leave(interrupt, log, step, flags.out)
         # 3. Fresh samples of reference and policy, on held-out prompts.
-        numbers, samples = compare(stage, policy, held_out, n=flags.n_eval, beta=controller.beta)
-        if runtime.is_main:
-            rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
-            metrics.write_text(flags.out / "samples.jsonl", rows)
-        log.close({"episodes": flags.steps * flags.batch, "steps": flags.steps, "seed": flags.seed,
-                   "kl_placement": flags.kl_placement, **numbers, **first})
+        finish_ppo(stage, policy, held_out, log, first, beta=controller.beta)
 
 
 def main() -> None:

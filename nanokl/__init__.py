@@ -16,7 +16,9 @@ Reading order
     transformer, gpt, generate, train_pretrain.py      a language model
     tokenizer, data, bert                              its text, and an encoder
     logprob, ngrams, reward, kl, ppo, train_rlhf.py    from human ratings to a policy
-    judgements, agreement                              what raters said, and how far a model agrees
+    judgements, agreement, comparisons                 what raters said, and how far a model agrees
+    exact, bayes, posterior, frontier                  the posterior, and how far a policy is from it
+    samplers, smc, trainers                            other ways to the same posterior
     optim, runtime, checkpoint, metrics, report        what every run needs
     throughput                                         how fast it goes
 """

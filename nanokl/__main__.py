@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from nanokl import UserError, bench, bert, checkpoint, kl_table, require_positive
+from nanokl import UserError, bench, bert, checkpoint, kl_table, posterior, require_positive
 from nanokl import runtime as rt
 from nanokl.generate import generate
 from nanokl.gpt import GPT
@@ -82,16 +82,27 @@ class Score:
 
 @dataclass
 class Posterior:
-    """What each way to charge the KL does to its gradient, measured exactly (--table)."""
+    """How far a trained policy is from the posterior, in nats; or --table, of ways to charge KL."""
 
-    run: Annotated[Path | None, tyro.conf.Positional] = None  # not yet: nothing reads a run
-    table: bool = False  # print the table of estimators and placements
+    run: Annotated[Path | None, tyro.conf.Positional] = None  # a run of train_rlhf.py ppo
+    prompts: int = 16  # held-out prompts
+    samples: int = 4096  # texts each of reference and policy for each prompt
+    particles: int = 256  # of sequential Monte Carlo with the policy's critic; 0: none
+    table: bool = False  # the gradient of each way to charge the KL, beside the exact one
+    device: str = "auto"  # auto, cpu, cuda or mps
 
     def __call__(self) -> None:
-        if not self.table or self.run is not None:
-            raise UserError(f"posterior got run {self.run} and table {self.table}: give --table "
-                            "alone, which is all that it prints so far")
-        print(kl_table.table())
+        if (self.run is None) == (not self.table):
+            raise UserError(f"posterior got run {self.run} and table {self.table}: give a run, "
+                            "such as runs/demo/ppo, or --table")
+        if self.table:
+            print(kl_table.table())
+            return
+        require_positive(self, "prompts")
+        if self.samples < 32 or self.samples % 32:
+            raise UserError(f"samples is {self.samples}: give a multiple of 32")
+        print(posterior.tell(self.run, prompts=self.prompts, samples=self.samples,
+                             particles=self.particles, device=self.device))
 
 
 @dataclass

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanokl import UserError, ppo
+from nanokl import UserError, checkpoint, ppo
 from nanokl.data import Shard
 from nanokl.gpt import GPT
 from nanokl.judgements import Judgements
@@ -29,6 +29,24 @@ def prompt_docs(folder: Path, split: str, domains: str, tokenizer: Tokenizer) ->
         raise UserError(f"--domains has {', '.join(unknown)}: give some of {j.domain_names}")
     texts = [t for t, d in zip(j.texts, j.domains, strict=True) if j.domain_names[d] in wanted]
     return tokenizer.encode_batch(texts)
+
+
+def pretrained(path: Path, tokenizer: Tokenizer) -> Path:
+    """The checkpoint of a run, checked against the data's tokenizer."""
+    folder = checkpoint.resolve(path)
+    if Tokenizer.load(folder).hash != tokenizer.hash:
+        raise UserError(f"{path} was trained with another tokenizer than --data's: pretrain on it")
+    return folder
+
+
+def load_gpt(flags: ppo.SamplingConfig, tokenizer: Tokenizer, runtime: Runtime) -> GPT:
+    """The reference policy, whose context must hold the longest prompt and response."""
+    ref = GPT.from_pretrained(pretrained(flags.policy, tokenizer), dropout=0.0)
+    if 1 + flags.max_prompt + flags.max_new_tokens > ref.config.block_size:
+        raise UserError(f"--max_prompt {flags.max_prompt} and --max_new_tokens "
+                        f"{flags.max_new_tokens}, and 1 to start, do not fit the policy's context "
+                        f"of {ref.config.block_size}: lower one of them")
+    return ref.to(runtime.device).eval()
 
 
 @dataclass
@@ -53,10 +71,19 @@ class Stage:
         rollout = ppo.sample_rollouts(policy, prompts, *where, stop=stop, rng=rng)
         return rollout, ppo.score_rollouts(self.reward, rollout, self.tokenizer, self.runtime)
 
-    def minibatches(self, n: int, rng) -> list[Tensor]:
-        """A shuffled epoch of row numbers."""
-        rows = torch.randperm(n, generator=rng).to(self.runtime.device)
-        return list(rows.split(self.config.minibatch))
+    def minibatches(self, n: int, rng, group: int = 1) -> list[Tensor]:
+        """A shuffled epoch of row numbers, groups of rows side by side kept whole.
+
+        A minibatch seen as (group, groups) has a group in each column, so that a process's shard of
+        it, every world-th row, has whole ones.
+        """
+        size, world = self.config.minibatch, self.runtime.world
+        if math.gcd(n, size) % (group * world):
+            raise UserError(f"--batch {n} and --minibatch {size} must be multiples of --group "
+                            f"{group} times the {world} processes")
+        first = torch.randperm(n // group, generator=rng).to(self.runtime.device) * group
+        member = torch.arange(group, device=first.device)[:, None]
+        return [(rows + member).flatten() for rows in first.split(size // group)]
 
 
 # Of n reference samples a prompt the best is kept: KL(best-of-n || ref) <= log n - (n - 1)/n.
@@ -80,8 +107,9 @@ def compare(stage: Stage, policy: GPT, docs, *, n: int, beta: float) -> tuple[di
     ref_rollout, ref_score = stage.rollouts(stage.ref, prompts, generator(stage.seed, "samples"))
     rollout, score = stage.rollouts(policy, prompts, generator(stage.seed, "samples"))
     order = list(torch.arange(n, device=score.device).split(256))
-    kl = ppo.measure(policy, stage.ref, rollout, order, stage.config, stage.runtime)[2].sum(1)
-    out = {"beta": beta, "samples": len(prompts),
+    measured = ppo.measure(policy, stage.ref, rollout, order, stage.config, stage.runtime)
+    kl, entropy = measured[2].sum(1), measured[3].sum() / rollout.mask.sum()
+    out = {"beta": beta, "samples": len(prompts), "entropy_nats_per_token": entropy.item(),
            "reward_ref_sd": ref_score.std().item(),
            "distinct_2": ppo.distinct_n(rollout.responses()),
            "distinct_2_ref": ppo.distinct_n(ref_rollout.responses())}

@@ -8,9 +8,9 @@ for one policy (its J belongs to the beta that it was trained at).
 """
 
 import json
-import math
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -18,8 +18,10 @@ from nanokl import UserError, bayes, checkpoint, frontier
 from nanokl import runtime as rt
 from nanokl.evaluation import Stage, load_gpt, prompt_docs
 from nanokl.gpt import GPT
+from nanokl.metrics import write_json
 from nanokl.reward import load_reward
-from nanokl.samplers import draw_texts, log_probs
+from nanokl.samplers import Target, draw_texts, log_probs
+from nanokl.smc import smc
 from nanokl.tokenizer import Tokenizer
 from nanokl.trainers import TrainerConfig
 
@@ -89,9 +91,68 @@ def untrained(ref: bayes.Texts, beta: float, *, seed: int) -> list[dict]:
     return rows
 
 
+def brief(account: bayes.Account) -> dict:
+    """What an evaluation logs: the bracket, and the gap itself where it is trusted."""
+    names = ["gap_nats_lower", "gap_nats_upper", "gap_nats", "bayes_fraction", "ess_median"]
+    known = account.summary()
+    return {name: known[name] for name in names if known.get(name) is not None}
+
+
 def whole_account(ruler: Ruler, policy: GPT, beta: float) -> tuple[bayes.Account, dict]:
     """The account, and its summary with the frontier and what needs no training."""
     ref, own = ruler.halves(policy)
     account = bayes.account(ref, own, beta=beta)
     return account, {**account.summary(), "frontier": frontier_points(ref, own),
                      "untrained": untrained(ref, beta, seed=ruler.stage.seed)}
+
+
+def open_run(folder: Path, device: str = "auto") -> tuple[Stage, GPT, list[list[int]], float]:
+    """A finished run of train_rlhf.py ppo: its stage, policy, held-out texts, and beta.
+
+    UserError where flags.json is missing or what it names is not there (paths are as in training).
+    """
+    path = Path(folder) / "flags.json"
+    try:
+        flags = json.loads(path.read_bytes())
+        known = {f.name: flags[f.name] for f in fields(TrainerConfig) if f.name in flags}
+        config, data = TrainerConfig(**known), Path(flags["data"])
+        reward, beta, seed = flags["reward"], float(flags["beta"]), int(flags["seed"])
+        config = SimpleNamespace(**vars(config), policy=Path(flags["policy"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} does not say how a policy was trained: give the folder of a run "
+                        "of train_rlhf.py ppo, such as runs/demo/ppo") from None
+    runtime = rt.setup(device, flags.get("dtype", "auto"))
+    tokenizer = Tokenizer.load(data)
+    ref = load_gpt(config, tokenizer, runtime).requires_grad_(False)
+    policy = GPT.from_pretrained(checkpoint.resolve(folder), dropout=0.0).to(runtime.device).eval()
+    stage = Stage(config, runtime, tokenizer, ref, load_reward(reward, runtime), seed)
+    return stage, policy, prompt_docs(data, "val", config.domains, tokenizer), beta
+
+
+def tell(run: Path, *, prompts: int, samples: int, particles: int, device: str = "auto") -> str:
+    """The account of a finished run in words; RUN/posterior.json gets it in numbers."""
+    stage, policy, docs, beta = open_run(run, device)
+    ruler = Ruler(stage, docs, prompts=prompts, samples=samples)
+    account, numbers = whole_account(ruler, policy, beta)
+    if beta and particles and policy.config.value_head:
+        numbers["untrained"].append(by_critic(ruler, policy, beta, particles))
+    write_json(Path(run) / "posterior.json", numbers)
+    head = f"{'without training':18}{'n':>6}{'KL, nats':>10}{'reward':>8}{'objective':>11}"
+    rows = [f"{x['sampler']:18}{x['n']:6}{x['kl_nats']:10.2f}{x['reward_mean']:8.2f}"
+            f"{x['objective']:11.2f}" for x in numbers["untrained"]]
+    known = [x for x in numbers["frontier"] if x["trusted"]]
+    rows += ["", f"{'most reward at a KL':24}{'KL, nats':>10}{'reward':>8}{'slope':>11}"]
+    rows += [f"{'':24}{x['kl_nats']:10.2f}{x['reward_mean']:8.2f}{x['beta']:11.2f}"
+             for x in known[:: max(1, len(known) // 10)]]
+    return "\n".join([*account.lines(), "", head, *rows])
+
+
+# With y ~ q and Zhat from the same particles, KL(q || pi*) <= log Z - E log Zhat, hence
+# J(q) / beta >= E log Zhat and KL(q || ref) <= E r / beta - E log Zhat.
+def by_critic(ruler: Ruler, policy: GPT, beta: float, particles: int) -> dict:
+    """A text drawn by twisted SMC: its reward, and the most that its KL and gap can be."""
+    rng = rt.generator(ruler.stage.seed, "posterior", "smc")
+    draws = smc(Target(ruler.stage, beta, policy), ruler.prompts, 1, rng, particles=particles)
+    reward, log_z = draws.score.mean().item(), draws.log_z.mean().item()
+    return {"sampler": "SMC, at most", "n": particles, "kl_nats": reward / beta - log_z,
+            "reward_mean": reward, "objective": beta * log_z}
