@@ -106,7 +106,8 @@ class PPOFlags(Flags, trainers.TrainerConfig):
     def __post_init__(self):
         Flags.__post_init__(self)
         trainers.TrainerConfig.__post_init__(self)
-        require_positive(self, "batch", "kl_target", "save_every", "eval_every", "posterior_prompts")
+        require_positive(self, "batch", "kl_target", "save_every", "eval_every",
+                         "posterior_prompts")
         if not 0 <= self.beta < math.inf or self.n_eval < 2:
             raise UserError(f"beta is {self.beta}, n_eval {self.n_eval}: give at least 0 and 2")
         if self.posterior_samples and (self.posterior_samples < 32 or self.posterior_samples % 32):

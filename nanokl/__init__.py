@@ -17,7 +17,7 @@ Reading order
     tokenizer, data, bert                              its text, and an encoder
     logprob, ngrams, reward, kl, ppo, train_rlhf.py    from human ratings to a policy
     judgements, agreement, comparisons                 what raters said, and how far a model agrees
-    exact, bayes, posterior, frontier                  the posterior, and how far a policy is from it
+    exact, bayes, posterior, frontier                  the posterior, and the gap to it
     samplers, smc, trainers                            other ways to the same posterior
     optim, runtime, checkpoint, metrics, report        what every run needs
     throughput                                         how fast it goes

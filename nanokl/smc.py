@@ -118,6 +118,8 @@ class Swarm:
                 self._weigh(t + 1)
                 new = (t + 1 - first[:: self.K]).clamp(0, self.steps - 1)
                 self._resample(t + 1, points[prompts, new], threshold)
+                if not len(self.rows):  # only particles that have ended were drawn
+                    return
 
     def _models(self) -> dict:
         """Those whose states are needed, in the dtype in which texts are sampled."""

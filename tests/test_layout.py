@@ -140,7 +140,7 @@ def test_readme_names_every_file():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `([\w./]+\.py)` \| (\d|-) \|", readme, flags=re.M))
     expected = {f"nanokl/{p.name}": str(RANK.get(p.stem, "-")) for p in MODULES}
-    expected |= {"train_pretrain.py": "4", "train_rlhf.py": "6"}
+    expected |= {p.name: "8" for p in SCRIPTS}
     expected |= {str(p.relative_to(ROOT)): "8" for p in ROOT.glob("data/*/prepare.py")}
     assert rows == expected
 
