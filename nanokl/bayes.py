@@ -251,7 +251,7 @@ def account(ref_half: Texts, policy_half: Texts, *, beta: float, r_max: float | 
                              for name in ("score", "logp", "logp_ref"))  # (P, 2K)
     reward, best = policy_half.score.mean(1), score.amax(1)
     values = {"reward_ref_mean": ref_half.score.mean(1), "reward_mean": reward,
-              "kl_nats_per_sequence": kl, "objective": reward - beta * kl if beta else reward,
+              "kl_nats_per_sequence": kl, "objective": reward - beta * kl,
               "entropy_ref_nats_per_sequence": -ref_half.logp_ref.mean(1),
               "entropy_nats_per_sequence": -policy_half.logp.mean(1), "reward_best_seen": best,
               "share_at_best": (policy_half.score >= best[:, None] - 1e-5).double().mean(1)}

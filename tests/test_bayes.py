@@ -343,6 +343,7 @@ def test_at_a_small_beta_the_reference_is_blind_and_the_mixture_is_not():
 @pytest.mark.parametrize(("s", "m", "trusted"), [
     (4.0, 0.0, False),  # reference only: log Z = 8, ESS about 10 of 4,096
     (1.0, 0.0, True), (4.0, 4.0, True), (4.0, 3.5, True), (8.0, 3.0, False),
+    (4.0, -1.0, False),  # worse than the reference: the fraction rises with log Z
 ])
 def test_the_gate(s, m, trusted):
     out = account(*gaussian(s, m, 8, 2048, rng(2)), beta=1.0)
@@ -356,6 +357,7 @@ def test_the_gate(s, m, trusted):
         assert "nats; upper " in line and "(pseudo-upper, not a bound)" in line
     else:
         assert miss > 0.2 and "ESS" in out.doubts()[0]
+        assert out.values["log_z_nats_pseudo_upper"].mean() < s**2 / 2  # not a bound
         assert all(numbers[f"{name}{se}"] is None for se in ("", "_se") for name in
                    ("gap_nats", "gap_reward", "bayes_fraction"))
         assert numbers["gap_nats_lower"] < (s - m) ** 2 / 2
@@ -363,7 +365,7 @@ def test_the_gate(s, m, trusted):
         assert line.startswith("gap             >= ") and "(unreliable: ESS " in line
         assert " of 50" in line and "<=" not in line  # no pseudo-upper beside it
         (line,) = (x for x in out.lines() if x.startswith("Bayes fraction"))
-        assert line.startswith(f"Bayes fraction  {'<=' if m else '>='} ") or m == 0.0
+        assert m == 0 or line.startswith(f"Bayes fraction  {'<=' if m > 0 else '>='} ")
 
 
 def test_each_reason_to_doubt_is_named_alone():
@@ -387,6 +389,39 @@ def test_the_bound_of_a_bounded_reward_stands_also_where_the_weights_do_not():
     assert f", <= {out.summary()['gap_nats_upper']:.2f} +- " in line and "(bound: 0% " in line
     with pytest.raises(UserError, match="above r_max 3: give the reward's upper bound"):
         account(ref_half, policy_half, beta=1.0, r_max=3.0, rng=rng(0))
+
+
+def test_the_bounds_of_an_account_are_those_of_its_parts():
+    P, K, (worlds, beta, _) = 5, 32, many_worlds()
+    ref_half, policy_half = halves(*worlds[0], P, K, rng(70))
+    for r_max in (1.0, 2.0):  # every prompt has an exact sample; only some have
+        out = account(ref_half, policy_half, beta=beta, r_max=r_max, rng=rng(71), delta=0.2)
+        kept = bayes.accepted(ref_half.score, beta=beta, r_max=r_max, rng=rng(71))
+        log_w = torch.cat([x.score / beta + x.logp_ref - mixture(x.logp_ref, x.logp)
+                           for x in (ref_half, policy_half)], 1)
+        share = torch.cat([1 / (1 + (x.logp - x.logp_ref).exp())
+                           for x in (ref_half, policy_half)], 1)
+        law = [[0.0 if k < K and kept[p, k] else -INF for k in range(2 * K)] for p in range(P)]
+        near(out.values["log_z_nats_upper"],
+             [slow_cross(*x, r_max / beta) for x in
+              zip(log_w.tolist(), share.tolist(), law, strict=True)])
+        near(out.values["log_z_nats_pseudo_upper"], bayes.cross_pinned(log_w, share, log_w))
+        near(out.values["exact_sample_share"], kept.double().mean(1))
+        found = [any(kept[p, i::2].tolist()) for p in range(P) for i in (0, 1)]
+        n = sum(found) / len(found)
+        assert n == 1 if r_max == 1 else 0 < n < 1
+        assert out.upper_kind == f"bound: {n:.0%} pinned on exact samples, the rest r_max / beta"
+        # all prompts together: delta / P each; no upper end above r_max / beta
+        low, high = bayes.bernstein_interval(log_w, math.log(2) + r_max / beta, delta=0.2 / P)
+        s, most = out.summary(), r_max / beta
+        near(s["log_z_nats_bernstein_upper"], high.clamp(max=most).mean())
+        assert s["log_z_nats_bernstein_lower"] is None and (low == -INF).any()
+        assert s["bernstein_confidence"] == 0.8
+    few = account(*halves(*worlds[0], P, 2, rng(72)), beta=beta, r_max=1.0, rng=rng(73))
+    assert few.summary()["log_z_nats_bernstein_upper"] == few.numbers["log_z_nats_trivial_upper"]
+    out = account(*halves(*worlds[0], P, 4096, rng(72)), beta=beta, r_max=1.0, rng=rng(73))
+    low = out.summary()["log_z_nats_bernstein_lower"]
+    assert out.values["log_z_nats_lower"].mean() - 1 < low < out.values["log_z_nats_lower"].mean()
 
 
 # ---- coverage
@@ -542,6 +577,12 @@ def test_a_constant_reward_of_one_prompt_has_no_fraction_and_no_errors_that_are_
     text = "\n".join(out.lines()).replace("-0", "0")
     assert "gap             0.00 +- ? nats; upper 0.00 +- ? (pseudo" in text
     assert "Bayes fraction  ? +- ?" in text
+
+
+def test_a_fraction_of_less_than_nothing_is_not_known():
+    """beta log Z below J(ref) is noise, and a ratio to it no fraction."""
+    assert all(math.isnan(x) for x in bayes.ratio_se(tensor(1.0, 2.0), tensor(-1.0, -3.0)))
+    assert bayes.ratio_se(tensor(1.0, 2.0), tensor(2.0, 4.0)) == (0.5, 0.0)
 
 
 def test_beta_zero_has_no_gap_and_collapse_is_reported():
