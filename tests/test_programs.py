@@ -477,6 +477,12 @@ def test_another_method_in_the_same_program(python, demo, tmp_path, method):
     python.ok("-m", "nanokl", "report", tmp_path)
 
 
+def test_a_price_of_nothing_is_warned_of(python, demo, tmp_path):
+    done = python.ok(*stage("ppo", tmp_path / "free", "--beta", 0))
+    assert "beta is 0" in done.out and "expect a collapse" in done.out
+    python.fails(*stage("ppo", tmp_path / "x", "--beta", 0, "--method", "dpo"), says="dpo divides")
+
+
 # ---------------------------------------------------------------------------------- two processes
 def both(python: Python, *words) -> list:
     """The words in two processes that find each other as torchrun's do; not yet ended."""
