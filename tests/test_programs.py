@@ -384,12 +384,15 @@ RESUMED = {
     "reward": (signal.SIGINT, 130, 7, ["--steps", 40, "--eval_every", 10, "--patience", 1]),
     "ppo": (signal.SIGTERM, 143, 3, ["--steps", 10, "--kl_target", 0.01, "--save_every", 4,
                                      "--lr", 1e-2]),
+    "ppo, sft": (signal.SIGINT, 130, 3, ["--method", "sft", "--group", 4, "--steps", 10,
+                                         "--kl_target", 0.01, "--lr", 1e-2]),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", RESUMED)
-def test_resume_bit_for_bit(python, demo, tmp_path, name):
-    number, status, after, flags = RESUMED[name]
+@pytest.mark.parametrize("case", RESUMED)
+def test_resume_bit_for_bit(python, demo, tmp_path, case):
+    number, status, after, flags = RESUMED[case]
+    name = case.split(",")[0]
     python.ok(*stage(name, tmp_path / "whole", *flags))
     words = stage(name, tmp_path / "cut", *flags)
     done = python.signalled(number, *words, rows=after)
@@ -481,6 +484,27 @@ def test_a_compiled_run_has_the_same_losses(python, demo, tmp_path):
     assert len(losses) == 6 and losses[-1] < losses[0] - 0.01
 
 
+# ------------------------------------------------------------------------------- other trainers
+@pytest.mark.parametrize("method", ["rloo", "grpo", "dpo", "dpg", "sft"])
+def test_another_method_in_the_same_program(python, demo, tmp_path, method):
+    python.ok(*stage("ppo", tmp_path / "ppo", "--method", method, "--group", 4, "--lr", 1e-2))
+    summary = read(tmp_path / "ppo" / "summary.json")
+    assert summary.keys() == read(demo / "ppo" / "summary.json").keys()
+    assert (summary["method"], summary["episodes"], summary["collapsed"]) == (method, 32, False)
+    assert summary["first_ratio_max_deviation"] == summary["kl_at_step_0"] == 0
+    assert summary["kl_nats_per_sequence"] > 0 and math.isfinite(summary["objective"])
+    made = weights(tmp_path / "ppo" / "last")
+    assert not any(key.startswith("critic.") for key in made) and not made["value.weight"].any()
+    assert [row["step"] for row in rows(tmp_path / "ppo")] == [1, 2]
+    python.ok("-m", "nanokl", "report", tmp_path)
+
+
+def test_a_price_of_nothing_is_warned_of(python, demo, tmp_path):
+    done = python.ok(*stage("ppo", tmp_path / "free", "--beta", 0))
+    assert "beta is 0" in done.out and "expect a collapse" in done.out
+    python.fails(*stage("ppo", tmp_path / "x", "--beta", 0, "--method", "dpo"), says="dpo divides")
+
+
 # ---------------------------------------------------------------------------------- two processes
 def both(python: Python, *words) -> list:
     """The words in two processes that find each other as torchrun's do; not yet ended."""
@@ -491,9 +515,11 @@ def both(python: Python, *words) -> list:
             for r in range(2)]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["gpt", "bert", "reward", "ppo"])
-def test_two_processes_equal_one(python, demo, tmp_path, name):
+@pytest.mark.parametrize("case", ["gpt", "bert", "reward", "ppo", "ppo, dpo", "ppo, sft"])
+def test_two_processes_equal_one(python, demo, tmp_path, case):
+    name, _, method = case.partition(", ")
     flags = ["--dropout", 0, "--ngram_dropout", 0, "--members", 2] if name == "reward" else []
+    flags += ["--method", method, "--group", 4] if method else []
     python.ok(*stage(name, tmp_path / "one", *flags))
     words = stage(name, tmp_path / "two", *flags)
     if name == "gpt":  # once by the real launcher
@@ -582,6 +608,8 @@ BAD_FLAGS = {
         ("--reward", "runs/demo/gpt", ["GPT", "RewardModel"]), ("--reward", "no.py:f", ["no.py"]),
         ("--reward", "train_rlhf.py:nothing", ["nothing"]),
         ("--reward", "train_rlhf.py", ["FILE.py:FUNCTION"]),
+        ("--method", "trpo", ["trpo", "rloo", "sft"]), ("--group", 0, ["group is 0"]),
+        ("--group", 3, ["minibatch is 8", "multiple of group, 3"]),
     ],
 }  # fmt: skip
 
