@@ -90,7 +90,7 @@ def sample(logits: Tensor, u: Tensor, *, temperature: float = 1.0, top_k: int | 
     return token[:, 0], (z.gather(1, token) - m - total.log()).to(z.dtype)[:, 0]
 
 
-def _pack_prompts(prompts: list[list[int]], config, max_new_tokens: int) -> tuple[Tensor, Tensor]:
+def pack_prompts(prompts: list[list[int]], config, max_new_tokens: int) -> tuple[Tensor, Tensor]:
     """Right-padded ids (B, longest prompt + max_new_tokens) and prompt lengths (B,)."""
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}: give at least 1")
@@ -104,7 +104,7 @@ def _pack_prompts(prompts: list[list[int]], config, max_new_tokens: int) -> tupl
     return torch.tensor([[*p, *[0] * (T - len(p))] for p in prompts]), n_prompt
 
 
-def _cast_once(model, device: torch.device):
+def cast_once(model, device: torch.device):
     """The model with its matrices in autocast's dtype, sharing the rest; itself without autocast.
 
     Autocast would cast what goes through each layer at every step, and frozen weights too.
@@ -131,13 +131,13 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, *, temperatur
     """
     _check_sampling(temperature, top_k, top_p)
     device = model.head.weight.device
-    idx, n_prompt = (x.to(device) for x in _pack_prompts(prompts, model.config, max_new_tokens))
+    idx, n_prompt = (x.to(device) for x in pack_prompts(prompts, model.config, max_new_tokens))
     B, T = idx.shape
     u = (torch.rand(B, max_new_tokens, generator=rng) if u is None else u).to(device)
     out = Rollout(idx, torch.zeros(B, T - 1, dtype=torch.bool, device=device),
                   torch.zeros(B, T - 1, device=device), n_prompt,
                   torch.zeros(B, dtype=torch.bool, device=device))
-    model = model if isinstance(model, Compiled) else _cast_once(model, device)
+    model = model if isinstance(model, Compiled) else cast_once(model, device)
     with torch.autocast(device.type, enabled=False):
         _fill(out, model, u, stop, temperature=temperature, top_k=top_k, top_p=top_p)
     end = int((n_prompt + out.mask.sum(1)).max())
@@ -228,7 +228,7 @@ class Compiled:
         device = model.head.weight.device
         if device.type not in ("cpu", "cuda"):
             raise UserError(f"sampling is not compiled on {device.type}: give generate the model")
-        self.model = copy.deepcopy(_cast_once(model, device)).eval()
+        self.model = copy.deepcopy(cast_once(model, device)).eval()
         self.config, self.head = self.model.config, self.model.head
         self.logits = self.model.logits
         self._graphs = {} if device.type == "cuda" else None  # shape and sampling -> _Graph

@@ -188,10 +188,14 @@ def make_policy(ref: GPT, *, critic_layers: int = 0) -> GPT:
 
 
 def sample_rollouts(policy: GPT, prompts: list[list[int]], config: SamplingConfig, runtime, *,
-                    stop: int, rng: torch.Generator) -> Rollout:
-    """Responses to all prompts, each rank sampling its share, in one fixed width T."""
+                    stop: int, rng: torch.Generator | None = None,
+                    u: Tensor | None = None) -> Rollout:
+    """Responses to all prompts, each rank sampling its share, in one fixed width T.
+
+    `u` (B, max_new_tokens): the uniform numbers, as for `generate`; drawn by `rng` if None.
+    """
     width = 1 + config.max_prompt + config.max_new_tokens
-    u = torch.rand(len(prompts), config.max_new_tokens, generator=rng)
+    u = torch.rand(len(prompts), config.max_new_tokens, generator=rng) if u is None else u
     with runtime.autocast():
         mine = generate(policy, prompts[runtime.rank :: runtime.world], config.max_new_tokens,
                         temperature=config.temperature, stop=stop, u=runtime.shard(u))
