@@ -70,7 +70,7 @@ def reference():
 @functools.cache
 def policy(critic_layers=1):
     """Far from both the reference and the posterior; its critic says anything."""
-    model = shake(ppo.make_policy(reference(), critic_layers=critic_layers), 0.05, 8)
+    model = shake(ppo.make_policy(reference(), critic_layers=critic_layers), 0.05, 22)
     torch.nn.init.normal_(model.value.weight, std=0.1, generator=rng(3))
     return model
 
@@ -153,25 +153,29 @@ def is_posterior(draws, copies):
 
 
 def worst(draws, copies, i, law):
-    """The largest |z| of the mean of Z-hat / Z [text] from law(text), of the frequent texts.
+    """The largest |z| of the mean of Z-hat / Z [event] from law(event), of some events.
 
-    Z-hat 1[drawn text = y] has the mean Z pi*(y) with any number of proposals, even few.
+    Z-hat [drawn text] has the mean Z pi*(text) with any number of proposals, even few. The events,
+    first tokens, a stop, low and high scores, are frequent under every proposal, so that z is about
+    normal.
     """
     n = len(draws.score) // (2 * copies)
-    drawn = numbers(draws.rollout).view(copies, 2, n)[:, i]
+    all_texts, r = exact.texts(V, NEW), world(i)[2][:, None]
+    event = torch.cat([all_texts[:, :1] == torch.arange(V), (all_texts == STOP).any(1)[:, None],
+                       r < 0, r < 0.5, r > 1], dim=1).double()  # (V^T, 9)
     weight = (draws.log_z.view(copies, 2)[:, i] - posterior(i)[1]).exp()
-    share = torch.nn.functional.one_hot(drawn, V**NEW).double().mean(1)  # (copies, V^T)
-    x = weight[:, None] * share
-    z = (x.mean(0) - law.exp()) / (x.std(0) / copies**0.5).clamp(min=1e-6)
-    return z[law.exp() > 0.02].abs().max()
+    x = weight[:, None] * event[numbers(draws.rollout)].view(copies, 2, n, -1)[:, i].mean(1)
+    frequent = posterior(i)[0].exp() @ event > 0.04
+    z = (x.mean(0) - law.exp() @ event) / (x.std(0) / copies**0.5)
+    return z[frequent].abs().max()
 
 
 def has_the_weighted_law(draws, copies):
-    """No frequent text is off by 5.5 standard errors, and wrong laws are: odds 1e-6 a text."""
+    """No event is off by 5 standard errors, and under wrong laws one is: odds 1e-5 in all."""
     for i in range(2):
-        assert worst(draws, copies, i, posterior(i)[0]) < 5.5
+        assert worst(draws, copies, i, posterior(i)[0]) < 5
         for wrong in (posterior(i, 2 * BETA)[0], forgotten(i), world(i)[1]):
-            assert worst(draws, copies, i, wrong) > 5.5
+            assert worst(draws, copies, i, wrong) > 5
     assert torch.equal(draws.score, score_ids(draws.rollout.rows()))
 
 
@@ -269,7 +273,7 @@ def test_rejection_says_what_it_cannot_find():
     draws = rejection(target, PROMPTS, 99, rng(), r_max=R_MAX, trials=500, partial=True)
     valid = draws.valid.view(2, 99)
     assert draws.proposals.tolist() == [500, 500] and not valid.all(1).any()
-    assert draws.rollout.n_prompt.view(2, 99)[:, 5].tolist() == [2, 3]  # rows are there all the same
+    assert draws.rollout.n_prompt.view(2, 99)[:, 5].tolist() == [2, 3]  # rows are there
     for i in range(2):
         law = posterior(i, 0.05)[0]
         assert (law[numbers(draws.rollout).view(2, 99)[i][valid[i]]] > -15).all()
@@ -281,7 +285,7 @@ def test_rejection_says_what_it_cannot_find():
 def test_sir_draws_the_posterior(proposal):
     draws = sir(make(policy=policy()), PROMPTS * 500, 4, rng(6), m=15, proposal=proposal)
     has_the_weighted_law(draws, 500)
-    assert (draws.proposals == 15).all() and ((0.999 < draws.ess) & (draws.ess < 15.001)).all()
+    assert (draws.proposals == 15).all() and ((draws.ess > 0.999) & (draws.ess < 15.001)).all()
 
 
 def test_sir_of_many_proposals_is_near_the_posterior_without_weights():
@@ -306,7 +310,7 @@ def test_imh_reaches_the_posterior():
     is_posterior(draws, 1)
     log_z = torch.stack([posterior(i)[1] for i in range(2)])
     torch.testing.assert_close(draws.log_z, log_z, rtol=0, atol=0.1)
-    assert ((0.05 < draws.accepted) & (draws.accepted < 0.9)).all()
+    assert ((draws.accepted > 0.05) & (draws.accepted < 0.9)).all()
     assert draws.proposals.tolist() == [31 * 400] * 2
 
 
@@ -388,8 +392,9 @@ class Levels(torch.nn.Module):
 
 def twist_of(values):
     """log psi by prefix, from levels (V^t,) of each prompt; the root's and the leaves' unused."""
-    book = {(*prompt, *s): v[k].item() for prompt, levels in zip(PROMPTS, values, strict=True)
-            for t, v in enumerate(levels[1:-1], 1) for k, s in enumerate(exact.texts(V, t).tolist())}
+    book = {(*prompt, *s): x for prompt, levels in zip(PROMPTS, values, strict=True)
+            for t, v in enumerate(levels[1:-1], 1)
+            for s, x in zip(exact.texts(V, t).tolist(), v.tolist(), strict=True)}
     return lambda idx: torch.tensor([book[tuple(row)] for row in idx.tolist()], dtype=torch.float64)
 
 
@@ -412,7 +417,7 @@ def unbiased(draws, copies):
         se = z.std() / copies**0.5
         assert abs(z.mean() - 1) < 5 * se, (z.mean(), se)
         other = (posterior(i, 2 * BETA)[1] - posterior(i)[1]).exp()
-        assert abs(z.mean() - other) > 5 * se and se < 0.1, (z.mean(), other, se)
+        assert abs(z.mean() - other) > 5 * se, (z.mean(), other, se)
 
 
 @pytest.mark.parametrize("proposal, threshold, systematic", [
@@ -432,10 +437,11 @@ def test_smc_draws_the_posterior_with_any_critic(layers):
     draws = smc(target, PROMPTS * 500, 3, rng(12), particles=10, proposal="policy")
     has_the_weighted_law(draws, 500)
     unbiased(draws, 500)
-    assert (draws.proposals == 10).all() and ((0.999 < draws.ess) & (draws.ess < 10.001)).all()
+    assert (draws.proposals == 10).all() and ((draws.ess > 0.999) & (draws.ess < 10.001)).all()
 
 
 def test_smc_of_many_particles_is_near_the_posterior_without_weights():
+    """As for sir, with all particles of one swarm."""
     draws = smc(make(), PROMPTS, 2000, rng(12), particles=6000, twist=random_twist(20, 0.5))
     drawn = numbers(draws.rollout).view(2, 2000)
     for i in range(2):
@@ -456,6 +462,18 @@ def test_the_critic_is_read_as_ppo_reads_it(layers):
         torch.testing.assert_close(a.log_z, b.log_z, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("sampler", [functools.partial(sir, m=10), smc], ids=["sir", "smc"])
+def test_in_bfloat16_the_evidence_is_about_the_same(sampler):
+    """Rounded logits move Z by a few percent; 5 standard errors are added."""
+    target = make(policy=policy())
+    target.stage.runtime = Runtime(torch.device("cpu"), torch.bfloat16)
+    options = {"particles": 10} if sampler is smc else {}
+    draws = sampler(target, PROMPTS * 200, 1, rng(16), proposal="policy", **options)
+    for i in range(2):
+        z = (draws.log_z.view(200, 2)[:, i] - posterior(i)[1]).exp()
+        assert abs(z.mean() - 1) < 0.1 + 5 * z.std() / 200**0.5 < 1.2
+
+
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 1.1])
 def test_optimal_twist_and_proposal_have_no_variance(threshold):
     levels = [exact.posterior_levels(world(i)[0], exact.soft_values(world(i)[0], world(i)[2], BETA),
@@ -471,6 +489,17 @@ def test_optimal_twist_and_proposal_have_no_variance(threshold):
                 twist=random_twist(30), threshold=threshold)
     spread = (worse.log_z - log_z.repeat(20)).abs().max()
     assert spread > 0.1 if threshold else spread < 2e-5  # without resampling a twist is nothing
+
+
+def test_particles_are_resampled_where_their_effective_number_is_low_and_there_alone():
+    """At beta 100 and with a flat twist all weights are about 1, until a twist is steep."""
+    target = make(beta=100.0)
+    flat, steep = random_twist(50, 0.01), random_twist(50, 3.0)
+    a, b, c, d, e = (smc(target, PROMPTS * 3, 9, rng(17), particles=16, twist=twist, threshold=x,
+                         systematic=False).rollout.rows()
+                     for twist, x in ((flat, 0.0), (flat, 0.5), (flat, 1.1), (steep, 0.0),
+                                      (steep, 0.5)))
+    assert a == b != c and a == d != e
 
 
 def test_a_better_twist_has_less_variance():
@@ -523,7 +552,7 @@ def test_same_seed_same_texts_in_chunks_of_any_size(name):
     (lambda: best_of_n(make(), [[STOP, 1, 1, 1]], 1, rng()), "has 4 tokens: give prompts of up to"),
     (lambda: smc(make(), PROMPTS, 1, rng()), "smc needs a twist"),
     (lambda: smc(make(policy=reference()), PROMPTS, 1, rng()), "smc needs a twist"),
-    (lambda: smc(make(policy=policy()), PROMPTS, 1, rng(), proposal="mixture"), "give ref or policy"),
+    (lambda: smc(make(policy=policy()), PROMPTS, 1, rng(), proposal="mixture"), "give ref or"),
     (lambda: smc(make(), PROMPTS, 1, rng(), twist=lambda x: x[:, 0] / 0), "one finite log psi"),
     (lambda: smc(make(), PROMPTS, 1, rng(), twist=lambda x: x / 9), "the twist gave shape"),
 ])
