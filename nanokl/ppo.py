@@ -186,7 +186,7 @@ def make_policy(ref: GPT, *, critic_layers: int = 0) -> GPT:
     """
     critic_layers = min(critic_layers, ref.config.n_layer)
     policy = GPT(GPT.Config(**{**vars(ref.config), "value_head": True, "dropout": 0.0,
-                               "critic_layers": critic_layers}))
+                               "ngram_dropout": 0.0, "critic_layers": critic_layers}))
     # A reference that PPO made has a critic too: it valued another reward.
     weights = {k: x for k, x in ref.state_dict().items() if not k.startswith(("value.", "critic."))}
     missing, extra = policy.load_state_dict(weights, strict=False)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nanokl import UserError, ppo
+from nanokl.bayes import effective_sample_size, log_mean_exp
 from nanokl.evaluation import Stage
 from nanokl.generate import Rollout
 from nanokl.gpt import GPT
@@ -52,16 +53,6 @@ def rows_of(rollout: Rollout, rows: Tensor) -> Rollout:
 def join(rollouts: list[Rollout]) -> Rollout:
     """All rows, of rollouts of one width."""
     return Rollout(*(torch.cat([getattr(r, f.name) for r in rollouts]) for f in fields(Rollout)))
-
-
-def log_mean(logw: Tensor) -> Tensor:
-    """log of the mean weight of each row of logw (P, K)."""
-    return (logw.double() - torch.tensor(logw.shape[1]).log()).logsumexp(1)
-
-
-def ess(logw: Tensor) -> Tensor:
-    """(sum w)^2 / sum w^2 of each row of logw (P, K): 1 to K."""
-    return (2 * logw.logsumexp(1) - (2 * logw).logsumexp(1)).exp()
 
 
 def pick(logw: Tensor, points: Tensor) -> Tensor:
@@ -230,7 +221,8 @@ def sir(target: Target, prompts: list[list[int]], n: int, rng: torch.Generator, 
     check(target, prompts, proposal, n=n, m=m)
     rollout, score, logw = propose(target, prompts, m, rng, proposal)
     points = torch.rand(len(prompts), n, generator=rng, dtype=torch.float64).to(logw.device)
-    return kept(rollout, score, pick(logw, points), m, log_mean(logw), ess=ess(logw))
+    return kept(rollout, score, pick(logw, points), m, log_mean_exp(logw),
+                ess=effective_sample_size(logw))
 
 
 # Go from y to a fresh proposal y' with probability min(1, w(y') / w(y)): pi* is stationary.
@@ -244,7 +236,7 @@ def imh(target: Target, prompts: list[list[int]], n: int, rng: torch.Generator, 
     check(target, prompts, proposal, n=n, steps=steps)
     P, S = len(prompts), steps + (start is None)
     rollout, score, logw = propose(target, prompts, n * S, rng, proposal, iid=True)
-    log_z, logw = log_mean(logw), logw.view(P * n, S)
+    log_z, logw = log_mean_exp(logw), logw.view(P * n, S)
     rows = torch.arange(P * n * S, device=logw.device).view(P * n, S)
     if start is not None:
         first = log_weights(target, start.rollout, start.score, proposal)

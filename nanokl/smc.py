@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanokl import UserError, ppo
+from nanokl.bayes import effective_sample_size, log_mean_exp
 from nanokl.generate import Rollout, cast_once, pack_prompts, sample
-from nanokl.samplers import Draws, Target, check, ess, join, kept, log_mean, pick, rows_of
+from nanokl.samplers import Draws, Target, check, join, kept, pick, rows_of
 
 Twist = Callable[[Tensor], Tensor]  # prefixes (b, t), prompts included -> log psi (b,)
 
@@ -54,8 +55,8 @@ def smc(target: Target, prompts: list[list[int]], n: int, rng: torch.Generator, 
     score, logw, log_z = (torch.cat([getattr(s, name) for s in swarms])
                           for name in ("score", "logw", "log_z"))
     logw, rows = logw.view(P, K), pick(logw.view(P, K), last.to(logw.device))
-    return kept(join([s.text for s in swarms]), score, rows, K, log_z + log_mean(logw),
-                ess=ess(logw))
+    return kept(join([s.text for s in swarms]), score, rows, K, log_z + log_mean_exp(logw),
+                ess=effective_sample_size(logw))
 
 
 class Readers:
@@ -188,12 +189,12 @@ class Swarm:
     def _resample(self, t: int, points: Tensor, threshold: float) -> None:
         """Particles (P, K) of a low ESS are drawn anew at points (P, K) of the CDF of w."""
         logw, going, K = self.logw.view(-1, self.K), self._going(t), self.K
-        low = (ess(logw) < threshold * K) & going.view(-1, K).any(1)
+        low = (effective_sample_size(logw) < threshold * K) & going.view(-1, K).any(1)
         if not low.any():
             return
         parent = torch.arange(len(going), device=self.device).view(-1, K)
         parent[low] = pick(logw[low], points[low]) + parent[low, :1]
-        self.log_z[low] += log_mean(logw[low])
+        self.log_z[low] += log_mean_exp(logw[low])
         logw[low] = 0
         parent, place = parent.flatten(), self.rows.new_empty(len(going))
         place[self.rows] = torch.arange(len(self.rows), device=self.device)
