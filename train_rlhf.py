@@ -188,7 +188,9 @@ def ppo_batch(stage: Stage, model, policy: GPT, optimizers, docs, step: int, bet
     sampler = stage.ref if flags.method == "sft" else policy
     rollout = stage.rollouts(sampler, [p for p in prompts for _ in range(flags.group)], rng)
     minibatches = stage.minibatches(flags.batch, rng, flags.group)
-    x = trainers.collect(policy, stage.ref, *rollout, minibatches, flags, runtime, beta=beta)
+    shares = stage.shares(*rollout) if flags.method == "ppo" and flags.shaping else None
+    x = trainers.collect(policy, stage.ref, *rollout, minibatches, flags, runtime, beta=beta,
+                         shares=shares)
     row = batch_metrics(x, beta)
     if sampler is not policy:  # x does not show what the policy says
         rollout, order = stage.rollouts(policy, prompts, rng), stage.minibatches(len(prompts), rng)
@@ -221,7 +223,7 @@ def batch_metrics(x: ppo.Experience, beta: float) -> dict:
         "objective": x.score.mean().item() - beta * kl, "beta": beta,
         "entropy_nats_per_token": (x.entropy.sum() / mask.sum()).item(),
         "response_tokens_mean": mask.sum(1).float().mean().item(),
-        "distinct_2": ppo.distinct_n(x.rollout.responses()),
+        "distinct_2": metrics.distinct_n(x.rollout.responses()),
     }
 
 
@@ -271,7 +273,8 @@ def train_ppo(flags: PPOFlags) -> None:
     policy.value.requires_grad_(critic)
     optimizers = optim.make_optimizers(policy, lr=flags.lr, muon_lr=flags.muon_lr,
                                        betas=(0.9, 0.95), dtype=runtime.dtype,
-                                       weight_decay=flags.weight_decay)
+                                       weight_decay=flags.weight_decay,
+                                       speed=dict.fromkeys(("critic.", "value."), flags.critic_lr))
     controller = ppo.BetaController(flags.beta, flags.kl_target)
     start, first = 0, {}
     if training.open_run(flags, runtime):

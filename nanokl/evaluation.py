@@ -11,9 +11,10 @@ from nanokl import UserError, checkpoint, ppo
 from nanokl.data import Shard
 from nanokl.gpt import GPT
 from nanokl.judgements import Judgements
-from nanokl.metrics import mean_se
+from nanokl.metrics import distinct_n, mean_se
 from nanokl.reward import RewardFunction
 from nanokl.runtime import Runtime, generator
+from nanokl.shaping import score_shares
 from nanokl.tokenizer import Tokenizer
 
 
@@ -71,6 +72,11 @@ class Stage:
         rollout = ppo.sample_rollouts(policy, prompts, *where, stop=stop, rng=rng)
         return rollout, ppo.score_rollouts(self.reward, rollout, self.tokenizer, self.runtime)
 
+    def shares(self, rollout, score: Tensor) -> Tensor:
+        """Each token's share of the score, (B, T-1)."""
+        return score_shares(self.reward, rollout, score, self.tokenizer, self.runtime,
+                            every=self.config.shaping)
+
     def minibatches(self, n: int, rng, group: int = 1) -> list[Tensor]:
         """A shuffled epoch of row numbers, groups of rows side by side kept whole.
 
@@ -111,8 +117,8 @@ def compare(stage: Stage, policy: GPT, docs, *, n: int, beta: float) -> tuple[di
     kl, entropy = measured[2].sum(1), measured[3].sum() / rollout.mask.sum()
     out = {"beta": beta, "samples": len(prompts), "entropy_nats_per_token": entropy.item(),
            "reward_ref_sd": ref_score.std().item(),
-           "distinct_2": ppo.distinct_n(rollout.responses()),
-           "distinct_2_ref": ppo.distinct_n(ref_rollout.responses())}
+           "distinct_2": distinct_n(rollout.responses()),
+           "distinct_2_ref": distinct_n(ref_rollout.responses())}
     values = {"reward_ref_mean": ref_score, "reward_mean": score, "kl_nats_per_sequence": kl,
               "objective_ref": ref_score, "objective": score - beta * kl}
     for key, x in values.items():

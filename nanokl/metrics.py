@@ -34,6 +34,12 @@ def mean_se(x) -> tuple[float, float]:
     return x.mean().item(), se
 
 
+def distinct_n(rows: list[list[int]], n: int = 2) -> float:
+    """Different n-grams over all n-grams, within rows: 1 where nothing is said twice."""
+    grams = [tuple(row[i : i + n]) for row in rows for i in range(len(row) - n + 1)]
+    return len(set(grams)) / max(len(grams), 1)
+
+
 def duration(seconds: float) -> str:
     """Seconds as h:mm:ss; ? when unknown."""
     return str(timedelta(seconds=round(seconds))) if math.isfinite(seconds) else "?"

@@ -78,8 +78,11 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model: nn.Module, *, lr: float, muon_lr: float, weight_decay: float,
                     betas: tuple[float, float], dtype: torch.dtype = torch.float32,
-                    ) -> list[torch.optim.Optimizer]:
-    """Muon for matrices in `blocks.`, AdamW for the rest (1-D: no decay); UserError: bad values."""
+                    speed: dict[str, float] | None = None) -> list[torch.optim.Optimizer]:
+    """Muon for matrices in `blocks.`, AdamW for the rest (1-D: no decay); UserError: bad values.
+
+    `speed`: what parameters whose names start so have their rates multiplied by.
+    """
     for name, value in (("lr", lr), ("muon_lr", muon_lr)):
         if not 0 < value < math.inf:
             raise UserError(f"{name} is {value}: give a number above 0, such as 0.003")
@@ -87,14 +90,18 @@ def make_optimizers(model: nn.Module, *, lr: float, muon_lr: float, weight_decay
         raise UserError(f"weight_decay is {weight_decay}: give 0 or more")
     if not all(0 <= beta < 1 for beta in betas):
         raise UserError(f"betas are {betas}: give two numbers from 0 to below 1")
-    by_split, by_decay = {3: [], 1: []}, {True: [], False: []}
+    by_split, by_decay = {}, {}  # and by speed
     for name, p in model.named_parameters():  # a tied weight comes once
+        fast = next((x for start, x in (speed or {}).items() if name.startswith(start)), 1.0)
         if p.requires_grad and p.ndim == 2 and "blocks." in name:
-            by_split[3 if name.endswith("qkv.weight") else 1].append(p)
+            split = 3 if name.endswith("qkv.weight") else 1
+            by_split.setdefault((fast, -split), []).append(p)
         elif p.requires_grad:
-            by_decay[p.ndim > 1].append(p)
-    muon = [{"params": ps, "split": split} for split, ps in by_split.items() if ps]
-    adamw = [{"params": ps, "weight_decay": weight_decay * on} for on, ps in by_decay.items() if ps]
+            by_decay.setdefault((fast, p.ndim == 1), []).append(p)
+    muon = [{"params": ps, "split": -split, "lr": muon_lr * fast}
+            for (fast, split), ps in sorted(by_split.items(), key=lambda x: x[0])]
+    adamw = [{"params": ps, "weight_decay": weight_decay * (not flat), "lr": lr * fast}
+             for (fast, flat), ps in sorted(by_decay.items(), key=lambda x: x[0])]
     optimizers = []
     if muon:
         optimizers.append(Muon(muon, muon_lr, weight_decay=weight_decay, dtype=dtype))

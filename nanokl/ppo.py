@@ -46,16 +46,22 @@ class PPOConfig(SamplingConfig, KLConfig):
     value_coef: float = 0.1  # weight of the value loss
     max_grad_norm: float = 1.0  # gradient clipping
     critic_layers: int = 2  # of the critic's own trunk, at most the policy's; 0: it shares that one
+    critic_lr: float = 1.0  # the critic's own rates, times lr and muon_lr
+    shaping: int = 0  # after how many tokens the text so far is scored, for credit; 0: at its end
 
     def __post_init__(self):
         SamplingConfig.__post_init__(self)
         KLConfig.__post_init__(self)
-        require_positive(self, "n_epoch", "minibatch", "clip", "value_clip", "max_grad_norm")
+        require_positive(self, "n_epoch", "minibatch", "clip", "value_clip", "max_grad_norm",
+                         "critic_lr")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give 0 to 1")
         if not 0 <= self.value_coef < float("inf"):
             raise UserError(f"value_coef is {self.value_coef}: give 0 or more")
+        if self.shaping < 0 or (self.shaping and self.gamma != 1):
+            raise UserError(f"shaping is {self.shaping}, gamma {self.gamma}: give a number of "
+                            "tokens, 1 or more, at gamma 1, or 0 for none")
 
 
 @dataclass
@@ -82,11 +88,11 @@ def kl_penalised_reward(logp: Tensor, logp_ref: Tensor, score: Tensor, mask: Ten
                         beta: float, nats: Tensor | None = None) -> Tensor:
     """(B, T-1) rewards: the price of each token, and the score on the last real token.
 
-    `nats`: what each token pays for instead of k1.
+    `score` (B,), or each token's share of it (B, T-1); `nats`: what tokens pay for instead of k1.
     """
     nats = k1(logp, logp_ref) if nats is None else nats
-    reward = -beta * nats * mask
-    return reward + at_last(score.to(reward), mask)
+    reward, score = -beta * nats * mask, score.to(logp)
+    return reward + (at_last(score, mask) if score.ndim == 1 else score)
 
 
 # delta_t = reward_t + gamma value_{t+1} - value_t;  adv_t = delta_t + gamma lam adv_{t+1};
@@ -213,12 +219,17 @@ def sample_rollouts(policy: GPT, prompts: list[list[int]], config: SamplingConfi
     return Rollout(*(runtime.gather(x) for x in (*wide, mine.n_prompt, mine.stopped)))
 
 
-def score_rollouts(reward: RewardFunction, rollout: Rollout, tokenizer, runtime) -> Tensor:
-    """Scores (B,) of the whole texts, prompt included, each rank scoring its share."""
-    ids = runtime.shard(rollout.rows())
+def score_ids(reward: RewardFunction, ids: list[list[int]], tokenizer) -> Tensor:
+    """Scores (n,) of texts, prompts included."""
     stop = tokenizer.special("<|endoftext|>")  # opens and may close a text; no part of it
     texts = [tokenizer.decode([i for i in row if i != stop]) for row in ids]
-    return runtime.gather(check_scores(reward(ids, texts), len(ids)).to(rollout.idx.device))
+    return check_scores(reward(ids, texts), len(ids))
+
+
+def score_rollouts(reward: RewardFunction, rollout: Rollout, tokenizer, runtime) -> Tensor:
+    """Scores (B,) of the whole texts, each rank scoring its share."""
+    score = score_ids(reward, runtime.shard(rollout.rows()), tokenizer)
+    return runtime.gather(score.to(rollout.idx.device))
 
 
 @torch.no_grad()
@@ -246,12 +257,13 @@ def measure(policy: GPT, ref: GPT, rollout: Rollout, minibatches: list[Tensor],
 
 
 def collect(policy: GPT, ref: GPT, rollout: Rollout, score: Tensor, minibatches: list[Tensor],
-            config: PPOConfig, runtime, *, beta: float) -> Experience:
-    """Measured rollouts with their advantages, whitened over the whole batch."""
+            config: PPOConfig, runtime, *, beta: float, shares: Tensor | None = None) -> Experience:
+    """Measured rollouts with their advantages, whitened over the batch; shares: of shaping.py."""
     logp, logp_ref, kl, entropy, value = measure(policy, ref, rollout, minibatches, config, runtime)
     mask = rollout.mask
     nats = paid_in_reward(logp, logp_ref, kl, mask, config)
-    reward = kl_penalised_reward(logp, logp_ref, score, mask, beta=beta, nats=nats)
+    paid = score if shares is None else shares
+    reward = kl_penalised_reward(logp, logp_ref, paid, mask, beta=beta, nats=nats)
     adv, ret = gae(reward, value, mask, gamma=config.gamma, lam=config.lam)
     white = masked_whiten(adv, mask)
     x = Experience(rollout, score, logp, logp_ref, kl, entropy, value, white, ret)
@@ -286,9 +298,3 @@ def minibatch_loss(model, policy: GPT, x: Experience, rows: Tensor, config: PPOC
         loss_kl = kl_loss(new.logp, x.logp_ref[rows], new.kl, mask, config, price=x.price)
         loss, info = loss + loss_kl, {"kl_loss": loss_kl.detach(), **info}
     return loss * share * runtime.world, {"value_loss": loss_v.detach(), **info}
-
-
-def distinct_n(rows: list[list[int]], n: int = 2) -> float:
-    """Different n-grams over all n-grams, within rows: 1 where nothing is said twice."""
-    grams = [tuple(row[i : i + n]) for row in rows for i in range(len(row) - n + 1)]
-    return len(set(grams)) / max(len(grams), 1)

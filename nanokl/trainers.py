@@ -119,14 +119,16 @@ def dpo_loss(log_ratio: Tensor, score: Tensor, *, beta: float) -> Tensor:
 
 
 def collect(policy: GPT, ref: GPT, rollout: Rollout, score: Tensor, minibatches: list[Tensor],
-            config: TrainerConfig, runtime, *, beta: float) -> ppo.Experience:
+            config: TrainerConfig, runtime, *, beta: float,
+            shares: Tensor | None = None) -> ppo.Experience:
     """Measured rollouts with the method's advantages, `group` rows of each prompt side by side.
 
     dpo has none; those of sft are weights. dpg's weights end at K, which is as large as a weight
     can be whose mean with K - 1 others is 1: without a bound one response would be a whole step.
     """
     if config.method == "ppo":
-        return ppo.collect(policy, ref, rollout, score, minibatches, config, runtime, beta=beta)
+        return ppo.collect(policy, ref, rollout, score, minibatches, config, runtime, beta=beta,
+                           shares=shares)
     measured = ppo.measure(policy, ref, rollout, minibatches, config, runtime)
     logp, logp_ref, kl, entropy, value = measured
     r = score.view(-1, config.group)

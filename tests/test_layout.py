@@ -17,8 +17,9 @@ RANK = {
     "bert": 1, "generate": 1, "report": 1, "throughput": 1, "bench": 1, "ngram_embedding": 0,
     "corpus": 2, "agreement": 2, "bench_logprob": 2, "bench_bpe": 2, "bench_generate": 2,
     "exact": 1, "bayes": 2, "frontier": 3, "reward": 2, "kl": 2, "ppo": 3, "kl_table": 4,
-    "evaluation": 4, "comparisons": 5, "trainers": 4, "samplers": 5, "smc": 6, "posterior": 7,
-    "bench_pretrain": 3, "bench_scaling": 4, "bench_ppo": 5, "bench_objective": 6, "__main__": 8,
+    "shaping": 4, "evaluation": 5, "comparisons": 6, "trainers": 4, "samplers": 6, "smc": 7,
+    "posterior": 8,
+    "bench_pretrain": 3, "bench_scaling": 4, "bench_ppo": 6, "bench_objective": 7, "__main__": 9,
 }  # fmt: skip
 MODULES = sorted((ROOT / "nanokl").glob("*.py"))
 SCRIPTS = [ROOT / "train_pretrain.py", ROOT / "train_rlhf.py"]
@@ -140,8 +141,8 @@ def test_readme_names_every_file():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `([\w./]+\.py)` \| (\d|-) \|", readme, flags=re.M))
     expected = {f"nanokl/{p.name}": str(RANK.get(p.stem, "-")) for p in MODULES}
-    expected |= {p.name: "8" for p in SCRIPTS}
-    expected |= {str(p.relative_to(ROOT)): "8" for p in ROOT.glob("data/*/prepare.py")}
+    expected |= {p.name: "9" for p in SCRIPTS}
+    expected |= {str(p.relative_to(ROOT)): "9" for p in ROOT.glob("data/*/prepare.py")}
     assert rows == expected
 
 

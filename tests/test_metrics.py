@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanokl import UserError, __version__, metrics
-from nanokl.metrics import Log, duration, mean_se, read_rows, write_json
+from nanokl.metrics import Log, distinct_n, duration, mean_se, read_rows, write_json
 
 FLOATS = st.floats(allow_nan=True, allow_infinity=True, width=64)
 JSONS = st.recursive(
@@ -235,3 +235,10 @@ def test_only_the_main_process_writes_and_prints(tmp_path, capsys):
         log.line("hello")
         log.close({})
     assert capsys.readouterr().out == "" and not (tmp_path / "run").exists()
+
+
+def test_distinct_n_by_hand():
+    assert distinct_n([[1, 2, 1, 2]]) == 2 / 3  # 12 21 12
+    assert distinct_n([[1, 2, 3], [2, 3, 4]]) == 3 / 4  # 12 23, 23 34: none across the rows
+    assert distinct_n([[1, 2, 3], [2, 3, 4]], n=1) == 4 / 6
+    assert distinct_n([[5], []]) == 0 and distinct_n([[1, 2, 3], [7, 8]]) == 1

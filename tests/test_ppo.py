@@ -23,7 +23,6 @@ from nanokl.ppo import (
     PPOConfig,
     SamplingConfig,
     collect,
-    distinct_n,
     draw_prompts,
     gae,
     kl_penalised_reward,
@@ -258,7 +257,7 @@ def test_whitening_is_of_the_masked_tokens_with_the_biased_variance(case):
     torch.testing.assert_close(inside, (x[mask] - x[mask].mean()) / sd, rtol=1e-4, atol=1e-4)
 
 
-# --------------------------------------------------------------- controller, prompts, distinct_n
+# --------------------------------------------------------------- controller, prompts
 
 
 @MANY
@@ -279,13 +278,6 @@ def test_beta_by_hand():
     fixed = BetaController(0.1)
     fixed.update(1000.0, 10_000)
     assert fixed.beta == 0.1
-
-
-def test_distinct_n_by_hand():
-    assert distinct_n([[1, 2, 1, 2]]) == 2 / 3  # 12 21 12
-    assert distinct_n([[1, 2, 3], [2, 3, 4]]) == 3 / 4  # 12 23, 23 34: none across the rows
-    assert distinct_n([[1, 2, 3], [2, 3, 4]], n=1) == 4 / 6
-    assert distinct_n([[5], []]) == 0 and distinct_n([[1, 2, 3], [7, 8]]) == 1
 
 
 def chi_square_tail(counts, expected):

@@ -1,0 +1,106 @@
+"""Shares of a score: against loops, sums, and the exact world, where they may not move grad J."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nanokl import UserError, exact, ppo
+from nanokl.generate import Rollout
+from nanokl.runtime import Runtime
+from nanokl.shaping import score_shares
+
+STOP = 0
+TOKENIZER = SimpleNamespace(special=lambda name: STOP,
+                            decode=lambda ids: " ".join(map(str, ids)))
+RUNTIME = Runtime(torch.device("cpu"), torch.float32)
+
+
+def reward(ids, texts):
+    """Of the order of the tokens, and of their number."""
+    return [sum((i + 1) * float(w) for i, w in enumerate(text.split())) ** 0.5 for text in texts]
+
+
+def ragged(seed: int = 0) -> Rollout:
+    """Prompts of 2 or 3 tokens and responses of 1 to 6, some ended by the stop token."""
+    g = torch.Generator().manual_seed(seed)
+    idx = torch.randint(1, 7, (8, 9), generator=g)
+    n_prompt, n = torch.randint(2, 4, (8,), generator=g), torch.randint(1, 7, (8,), generator=g)
+    t = torch.arange(8)
+    mask = (t >= n_prompt[:, None] - 1) & (t < (n_prompt + n)[:, None] - 1)
+    stopped = torch.arange(8) % 2 == 0
+    idx[stopped, (n_prompt + n)[stopped] - 1] = STOP
+    return Rollout(idx, mask, torch.zeros(8, 8), n_prompt, stopped)
+
+
+def score_of(rollout: Rollout) -> torch.Tensor:
+    return ppo.score_rollouts(reward, rollout, TOKENIZER, RUNTIME)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 50])
+def test_shares_by_hand(every):
+    """Token by token with slices: a segment's last token has the change of the score over it."""
+    rollout = ragged()
+    shares = score_shares(reward, rollout, score_of(rollout), TOKENIZER, RUNTIME, every=every)
+    expected = torch.zeros(8, 8)
+    for i, (row, k) in enumerate(zip(rollout.rows(), rollout.n_prompt.tolist(), strict=True)):
+        before = ppo.score_ids(reward, [row[:k]], TOKENIZER).item()
+        for end in [*range(k + every, len(row), every), len(row)]:
+            now = ppo.score_ids(reward, [row[:end]], TOKENIZER).item()
+            expected[i, end - 2] = now - before  # column t is token t + 1
+            before = now
+    torch.testing.assert_close(shares, expected)
+    assert not shares[~rollout.mask].any()
+
+
+def test_shares_add_up_to_the_score_less_the_prompts():
+    rollout = ragged(1)
+    score = score_of(rollout)
+    prompts = [row[:k] for row, k in zip(rollout.rows(), rollout.n_prompt.tolist(), strict=True)]
+    shares = score_shares(reward, rollout, score, TOKENIZER, RUNTIME, every=1)
+    torch.testing.assert_close(shares.sum(1), score - ppo.score_ids(reward, prompts, TOKENIZER))
+
+
+def test_shaping_leaves_the_policy_gradient_as_it_is():
+    """All 64 texts of a tree, weighed by their probability: E sum_t adv_t grad log pi is grad J.
+
+    With value 0 and lam 1, in float64; without shaping the same number comes out.
+    """
+    V, T, beta, prompt = 4, 3, 0.5, [5, 6]
+    g = torch.Generator().manual_seed(0)
+    make = lambda: [torch.randn(V**t, V, generator=g, dtype=torch.float64)  # noqa: E731
+                    .log_softmax(1) for t in range(T)]
+    ref, texts = make(), exact.texts(V, T)
+    logits = [x.clone().requires_grad_() for x in make()]
+    idx = torch.cat([torch.tensor(prompt).expand(V**T, -1), texts + 1], dim=1)
+    mask = torch.arange(4) >= 1
+    rollout = Rollout(idx, mask.expand(V**T, -1), torch.zeros(V**T, 4),
+                      torch.full((V**T,), 2), torch.zeros(V**T, dtype=torch.bool))
+    r = score_of(rollout)
+
+    def tokens(levels):
+        """log p of each text's tokens, (V^T, T)."""
+        spans = [texts[:, :t] @ (V ** torch.arange(t).flip(0)) for t in range(T)]
+        return torch.stack([levels[t][s, texts[:, t]] for t, s in enumerate(spans)], dim=1)
+
+    policy = [x.log_softmax(1) for x in logits]
+    J = exact.objective(exact.joint(policy), exact.joint(ref), r.double(), beta)
+    truth = torch.autograd.grad(J, logits, retain_graph=True)
+    logp, logp_ref = (torch.nn.functional.pad(tokens(x), (1, 0)) for x in (policy, ref))
+    p = exact.joint(policy).exp().detach()
+    for every in (0, 1, 2):
+        paid = r.double() if not every else score_shares(
+            reward, rollout, r.double(), TOKENIZER, RUNTIME, every=every).double()
+        rewards = ppo.kl_penalised_reward(logp.detach(), logp_ref, paid, rollout.mask, beta=beta)
+        adv, _ = ppo.gae(rewards, torch.zeros_like(rewards), rollout.mask, gamma=1.0, lam=1.0)
+        surrogate = (p[:, None] * adv * logp).sum()
+        ours = torch.autograd.grad(surrogate, logits, retain_graph=True)
+        for a, b in zip(ours, truth, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # scores are float32
+
+
+def test_shaping_is_for_gamma_1():
+    with pytest.raises(UserError, match="shaping is 1, gamma 0.9"):
+        ppo.PPOConfig(shaping=1, gamma=0.9)
+    with pytest.raises(UserError, match="shaping is -1"):
+        ppo.PPOConfig(shaping=-1)
