@@ -95,6 +95,9 @@ class PPOFlags(Flags, trainers.TrainerConfig):
     lr: float = 2e-4
     muon_lr: float = 2e-4
     weight_decay: float = 0.0
+    lam: float = 0.7  # GAE; small, since shaping leaves little for later tokens to say
+    shaping: int = 1  # after how many tokens the text so far is scored, for credit; 0: at its end
+    critic_lr: float = 5.0  # the critic's own rates, times lr and muon_lr
     beta: float = 0.1  # price of one nat of KL, in units of the reward
     kl_target: float | None = None  # nats per sequence: adapts beta (Ziegler et al.)
     save_every: int = 20  # batches between checkpoints

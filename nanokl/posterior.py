@@ -66,12 +66,12 @@ class Ruler:
         return bayes.account(*self.halves(policy), beta=beta)
 
 
-def frontier_points(ref: bayes.Texts, policy: bayes.Texts) -> list[dict]:
-    """R*(k) from both halves, each price where it is trusted, and the first where it is not."""
+def frontier_points(ref: bayes.Texts, policy: bayes.Texts, betas: list[float]) -> list[dict]:
+    """R*(k) at some prices, from both halves' texts."""
     score, logp, logp_ref = (torch.cat([getattr(x, k) for x in (ref, policy)], 1)
                              for k in ("score", "logp", "logp_ref"))
     log_q = logp_ref - bayes.mixture(logp_ref, logp)
-    return frontier.frontier(score, log_q, frontier.prices())
+    return frontier.frontier(score, log_q, betas)
 
 
 def untrained(ref: bayes.Texts, beta: float, *, seed: int) -> list[dict]:
@@ -102,7 +102,7 @@ def whole_account(ruler: Ruler, policy: GPT, beta: float) -> tuple[bayes.Account
     """The account, and its summary with the frontier and what needs no training."""
     ref, own = ruler.halves(policy)
     account = bayes.account(ref, own, beta=beta)
-    return account, {**account.summary(), "frontier": frontier_points(ref, own),
+    return account, {**account.summary(), "frontier": frontier_points(ref, own, frontier.prices()),
                      "untrained": untrained(ref, beta, seed=ruler.stage.seed)}
 
 

@@ -29,7 +29,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 WIDTH = "--n_layer 1 --n_embd 32 --n_head 2"
 PRETRAIN = f"{WIDTH} --block_size 48 --steps 6 --batch_size 16 --eval_every 3 --log_every 1"
 REWARD = "--steps 4 --eval_every 2 --n_groups 2 --group_size 8 --n_samples 64"
-PPO = "--steps 2 --batch 16 --minibatch 8 --n_eval 32"
+PPO = ("--steps 2 --batch 16 --minibatch 8 --n_eval 32 --posterior_prompts 2 "
+       "--posterior_samples 64 --eval_every 1")
 # how a command of the README is made small; {sdist} is the made-up archive
 SMALL = {
     "data/hutto/prepare.py": "{sdist}",
@@ -42,6 +43,7 @@ SMALL = {
     "-m nanokl fill-mask": "",
     "-m nanokl score": "",
     "-m nanokl report": "",
+    "-m nanokl posterior": "--prompts 2 --samples 32 --particles 8",
 }
 ON_CPU = ["--device", "cpu", "--dtype", "float32"]
 
@@ -241,6 +243,28 @@ def test_sample_fill_mask_score(python, demo):
     assert [line.split(maxsplit=1)[1] for line in scores] == texts
     alone = python.ok("-m", "nanokl", "score", "runs/demo/reward", texts[1]).out.splitlines()
     assert alone == scores[1:]
+
+
+def test_the_posterior_of_a_run(python, demo):
+    """Its evaluations and summary have the bracket; the command tells it again, in whole."""
+    brackets = [row for row in rows(demo / "ppo") if "gap_nats_lower" in row]
+    assert [row["step"] for row in brackets] == [1]  # the last evaluation is the summary's
+    known = read(demo / "ppo" / "summary.json")["posterior"]
+    assert known["gap_nats_lower"] <= known["gap_nats_upper"] and known["texts_per_prompt"] == 128
+    assert known["gap_reward_lower"] == pytest.approx(0.1 * known["gap_nats_lower"])
+    words = shlex.split(f"-m nanokl posterior runs/demo/ppo {SMALL['-m nanokl posterior']}")
+    done = python.ok(*words)
+    for text in ("log Z", "gap", "Bayes fraction", "best-of-n", "SMC, at most", "most reward at"):
+        assert text in done.out, done.out
+    assert read(demo / "ppo" / "posterior.json")["prompts"] == 2
+    assert python.ok(*words).out == done.out
+    off = python.ok(*stage("ppo", demo / "off", "--posterior_samples", 0)).out
+    assert "log Z" not in off and "posterior" not in read(demo / "off" / "summary.json")
+    for words, says in ((["--prompts", 0], "prompts is 0"), (["--samples", 33], "samples is 33"),
+                        (["--table"], "give a run")):
+        python.fails("-m", "nanokl", "posterior", "runs/demo/ppo", *words, says=says)
+    python.fails("-m", "nanokl", "posterior", says="give a run")
+    python.fails("-m", "nanokl", "posterior", "runs/demo/gpt", says="how a policy was trained")
 
 
 def test_the_table_of_placements(python):

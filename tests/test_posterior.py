@@ -1,0 +1,139 @@
+"""The gap of a policy, from models and a reward to its account, against a world that is listed.
+
+Four letters and a stop token, prompts of one or two of them, up to three new tokens. Everything is
+sampled by the code that measures a real run; exact.py has log Z, J and the posterior in float64.
+"""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nanokl import UserError, exact, posterior, ppo
+from nanokl.evaluation import Stage
+from nanokl.gpt import GPT
+from nanokl.runtime import Runtime, generator
+
+V, STOP, NEW, BETA = 5, 4, 3, 0.5
+DOCS = [[0, 1, 2], [2, 3, 1], [1, 1, 0]]
+
+
+def score(ids, _texts):
+    """Of the first letters alike and of each token's place."""
+    return [sum(math.sin(3 * i + 2 * t) for i, t in enumerate(row)) for row in ids]
+
+
+def model(seed: int, sd: float, ref: GPT | None = None) -> GPT:
+    g = generator(seed, "model")
+    config = GPT.Config(vocab_size=V, block_size=8, n_layer=1, n_head=2, n_embd=16)
+    out = GPT(config, g) if ref is None else ppo.make_policy(ref, critic_layers=1)
+    with torch.no_grad():
+        for p in out.parameters():
+            p.add_(sd * torch.randn(p.shape, generator=g))
+    return out.eval().requires_grad_(False)
+
+
+def make() -> tuple[Stage, GPT]:
+    tokenizer = SimpleNamespace(special={"<|endoftext|>": STOP}.get, decode=str)
+    config = ppo.PPOConfig(min_prompt=1, max_prompt=2, max_new_tokens=NEW, temperature=0.8)
+    ref = model(0, 0.3)
+    runtime = Runtime(torch.device("cpu"), torch.float32)
+    return Stage(config, runtime, tokenizer, ref, score, 0), model(1, 0.1, ref)
+
+
+def truth(stage: Stage, policy: GPT, prompts) -> dict:
+    """Means over prompts of log Z, J of both, the gap, and E*[r], KL(pi* || ref)."""
+    out = []
+    for prompt in prompts:
+        laws = [exact.joint(exact.levels_of(m, prompt, NEW, stop=STOP, temperature=0.8))
+                for m in (stage.ref, policy)]
+        texts = exact.texts(V, NEW).tolist()
+        ended = [y[: y.index(STOP) + 1] if STOP in y else y for y in texts]
+        r = torch.tensor(score([prompt + y for y in ended], None), dtype=torch.float64)
+        star, log_z = exact.posterior(laws[0], r, BETA)
+        J = exact.objective(laws[1], laws[0], r, BETA)
+        out.append([log_z, exact.expectation(laws[0], r), J, exact.kl(laws[1], star),
+                    exact.expectation(star, r), exact.kl(star, laws[0])])
+    names = ("log_z", "J_ref", "J", "gap", "reward", "kl")
+    return dict(zip(names, torch.tensor(out).mean(0).tolist(), strict=True))
+
+
+def test_the_account_of_a_policy_is_the_exact_one():
+    """16,000 texts a prompt: standard errors near .01, held to .05."""
+    stage, policy = make()
+    ruler = posterior.Ruler(stage, DOCS, prompts=4, samples=8_000)
+    account, numbers = posterior.whole_account(ruler, policy, BETA)
+    true = truth(stage, policy, ruler.prompts)
+    for name, value in (("log_z_nats_lower", "log_z"), ("log_z_nats_upper", "log_z"),
+                        ("reward_ref_mean", "J_ref"), ("objective", "J"), ("gap_nats", "gap")):
+        assert numbers[name] == pytest.approx(true[value], abs=0.05), name
+    fraction = (true["J"] - true["J_ref"]) / (BETA * true["log_z"] - true["J_ref"])
+    assert numbers["bayes_fraction"] == pytest.approx(fraction, abs=0.08)
+    assert numbers["trusted"] and true["gap"] > 0.1
+    assert posterior.brief(account)["gap_nats"] == numbers["gap_nats"]
+
+
+def test_the_frontier_passes_through_the_posterior():
+    stage, policy = make()
+    ruler = posterior.Ruler(stage, DOCS, prompts=4, samples=8_000)
+    true = truth(stage, policy, ruler.prompts)
+    points = posterior.frontier_points(*ruler.halves(policy), [BETA])
+    assert points[0]["kl_nats"] == pytest.approx(true["kl"], abs=0.05)
+    assert points[0]["reward_mean"] == pytest.approx(true["reward"], abs=0.05)
+    assert points[0]["trusted"]
+
+
+def test_what_needs_no_training_is_worth_less_than_the_posterior():
+    stage, policy = make()
+    ruler = posterior.Ruler(stage, DOCS, prompts=4, samples=4_096)
+    rows = posterior.whole_account(ruler, policy, BETA)[1]["untrained"]
+    true = truth(stage, policy, ruler.prompts)
+    assert [row["n"] for row in rows[::3]] == [4, 16, 64, 256]
+    by_name = {name: [row["objective"] for row in rows if row["sampler"] == name]
+               for name in ("best-of-n", "SIR", "Metropolis")}
+    for values in by_name.values():
+        assert all(BETA * true["log_z"] + 0.02 > J for J in values)
+    for name in ("SIR", "Metropolis"):  # they go to the posterior, best-of-n past it
+        assert by_name[name] == sorted(by_name[name])
+        assert by_name[name][-1] == pytest.approx(BETA * true["log_z"], abs=0.03)
+    assert by_name["best-of-n"][-1] < by_name["best-of-n"][1]
+
+
+def test_what_the_critic_reaches_is_within_its_bound():
+    """E log Zhat <= log Z; with 512 particles a prompt it is within .1 nats of it."""
+    stage, policy = make()
+    ruler = posterior.Ruler(stage, DOCS, prompts=4, samples=32)
+    row, true = posterior.by_critic(ruler, policy, BETA, 512), truth(stage, policy, ruler.prompts)
+    assert BETA * (true["log_z"] - 0.1) < row["objective"] < BETA * (true["log_z"] + 0.05)
+    assert row["reward_mean"] - BETA * row["kl_nats"] == pytest.approx(row["objective"])
+
+
+def test_rulers_repeat_themselves_and_differ_by_seed():
+    stage, policy = make()
+    one, two = (posterior.Ruler(stage, DOCS, prompts=3, samples=32) for _ in range(2))
+    assert one.account(policy, BETA).summary() == two.account(policy, BETA).summary()
+    stage.seed = 1
+    other = posterior.Ruler(stage, DOCS, prompts=3, samples=32)
+    assert other.account(policy, BETA).summary() != one.account(policy, BETA).summary()
+
+
+def test_beta_0_has_no_gap():
+    stage, policy = make()
+    account, numbers = posterior.whole_account(
+        posterior.Ruler(stage, DOCS, prompts=2, samples=32), policy, 0.0)
+    assert posterior.brief(account) == {} and "gap_nats_lower" not in numbers
+    assert {row["sampler"] for row in numbers["untrained"]} == {"best-of-n"}
+    assert "infinite" in "\n".join(account.lines())
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", json.dumps({"beta": "x", "data": "d"})])
+def test_a_folder_that_is_no_run(tmp_path, content):
+    with pytest.raises(UserError, match="give the folder of a run"):
+        posterior.open_run(tmp_path)
+    (tmp_path / "flags.json").write_text(content)
+    with pytest.raises(UserError, match="give the folder of a run"):
+        posterior.open_run(tmp_path)
+
+
