@@ -37,7 +37,7 @@ PPO ?= $(PPO_$(BUDGET))
 go_on = $(if $(wildcard $(RUN)/$(1)/last/state.pt),--resume)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint check demo data pretrain bert reward rlhf report results bench clean
+.PHONY: help setup test lint check demo data pretrain bert reward rlhf trainers report results bench clean
 
 help: ## 0    this list
 	@echo "Minutes on a 2-core x86-64 CPU with AMX, 2026-11, after setup; a stage with what it needs:"
@@ -82,6 +82,14 @@ $(RUN)/reward/summary.json: | $(RUN)/gpt/summary.json $(RUN)/bert/summary.json
 rlhf: $(RUN)/ppo/summary.json ## 20   KL-penalised PPO against the reward model, with what it needs
 $(RUN)/ppo/summary.json: | $(RUN)/reward/summary.json
 	$(PY) train_rlhf.py ppo --data $(DATA) --policy $(RUN)/gpt --reward $(RUN)/reward --out $(RUN)/ppo $(PPO) $(call go_on,ppo)
+
+# other ways to the posterior, and another price, each for as long as PPO takes
+METHODS ?= ppo rloo grpo dpo dpg sft
+BETAS ?= 0.1 0.4
+trainers: $(foreach m,$(METHODS),$(foreach b,$(BETAS),$(RUN)/trainers/$(m)-$(b)/summary.json)) ## 90   every method at two prices, side by side
+	$(PY) -m nanokl report $(RUN)
+$(RUN)/trainers/%/summary.json: | $(RUN)/reward/summary.json
+	$(PY) train_rlhf.py ppo --data $(DATA) --policy $(RUN)/gpt --reward $(RUN)/reward --out $(RUN)/trainers/$* --method $(firstword $(subst -, ,$*)) --beta $(lastword $(subst -, ,$*)) $(PPO) $(call go_on,trainers/$*)
 
 report: $(RUN)/ppo/summary.json ## 0.1  summary.json, report.html and figures of a run
 	$(PY) -m nanokl report $(RUN)

@@ -10,6 +10,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -69,6 +70,7 @@ class RewardFlags(Flags, ppo.SamplingConfig):
     word_dropout: float = 0.1  # share of tokens hidden by [MASK]
     ngram_dropout: float = 0.6  # share of n-grams hidden
     members: int = 1  # reward models in one, each with comparisons of its own
+    raters: Literal["all", "first", "second"] = "all"  # or half of each training snippet's ratings
     warmup: int = 20  # steps of linear warm-up
     decay: float = 0.8  # last part of the run in which the rate falls linearly to 0
     eval_every: int = 50  # steps between passes over the validation pairs
@@ -90,6 +92,7 @@ class PPOFlags(Flags, trainers.TrainerConfig):
 
     policy: Path  # the GPT run to start from; it stays the reference
     reward: str  # a reward run, or FILE.py:FUNCTION
+    gold: str | None = None  # another one that only watches: what the first was to stand for
     steps: int = 40  # batches of rollouts
     batch: int = 256  # episodes a batch, over all processes
     lr: float = 2e-4
@@ -128,7 +131,9 @@ def train_reward(flags: RewardFlags) -> None:
     tokenizer = Tokenizer.load(flags.data)
     trunk = reward.load_trunk(pretrained(flags.init, tokenizer), dropout=flags.dropout)
     torch.manual_seed(flags.seed)  # the head
-    train, val, test = (judgements.Judgements.load(flags.data, s) for s in ("train", "val", "test"))
+    train, val = (judgements.Judgements.load(flags.data, split, flags.raters)
+                  for split in ("train", "val"))
+    test = judgements.Judgements.load(flags.data, "test")
     yardstick = reference_rollout(load_gpt(flags, tokenizer, runtime), flags, tokenizer, runtime)
     core = reward.RewardModel.on(
         trunk, n_domain=len(train.domain_names), dropout=flags.dropout, members=flags.members,
@@ -194,11 +199,11 @@ def ppo_batch(stage: Stage, model, policy: GPT, optimizers, docs, step: int, bet
     shares = stage.shares(*rollout) if flags.method == "ppo" and flags.shaping else None
     x = trainers.collect(policy, stage.ref, *rollout, minibatches, flags, runtime, beta=beta,
                          shares=shares)
-    row = batch_metrics(x, beta)
+    row = {**batch_metrics(x, beta), **stage.gold_mean(rollout[0])}
     if sampler is not policy:  # x does not show what the policy says
         rollout, order = stage.rollouts(policy, prompts, rng), stage.minibatches(len(prompts), rng)
-        row = batch_metrics(ppo.collect(policy, stage.ref, *rollout, order, flags, runtime,
-                                        beta=beta), beta)
+        row = {**batch_metrics(ppo.collect(policy, stage.ref, *rollout, order, flags, runtime,
+                                           beta=beta), beta), **stage.gold_mean(rollout[0])}
     # 3. A few epochs of updates.
     infos = []
     for epoch in range(flags.n_epoch):
@@ -265,7 +270,8 @@ def train_ppo(flags: PPOFlags) -> None:
     tokenizer = Tokenizer.load(flags.data)
     ref = load_gpt(flags, tokenizer, runtime).requires_grad_(False)
     function = reward.load_reward(flags.reward, runtime)
-    stage = Stage(flags, runtime, tokenizer, ref, function, flags.seed)
+    gold = reward.load_reward(flags.gold, runtime) if flags.gold else None
+    stage = Stage(flags, runtime, tokenizer, ref, function, flags.seed, gold)
     docs, held_out = (prompt_docs(flags.data, split, flags.domains, tokenizer)
                       for split in ("train", "val"))
     for texts in (docs, held_out):  # a split that has no prompts shows at once

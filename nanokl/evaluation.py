@@ -60,6 +60,7 @@ class Stage:
     ref: GPT
     reward: RewardFunction
     seed: int
+    gold: RewardFunction | None = None  # what no policy is trained on
 
     def prompts(self, docs, n: int, rng) -> list[list[int]]:
         stop = self.tokenizer.special("<|endoftext|>")
@@ -71,6 +72,13 @@ class Stage:
         where = self.config, self.runtime
         rollout = ppo.sample_rollouts(policy, prompts, *where, stop=stop, rng=rng)
         return rollout, ppo.score_rollouts(self.reward, rollout, self.tokenizer, self.runtime)
+
+    def gold_mean(self, rollout: ppo.Rollout) -> dict:
+        """The gold reward's mean score and its standard error, where there is one."""
+        if self.gold is None:
+            return {}
+        score = ppo.score_rollouts(self.gold, rollout, self.tokenizer, self.runtime)
+        return dict(zip(("gold_mean", "gold_mean_se"), mean_se(score), strict=True))
 
     def shares(self, rollout, score: Tensor) -> Tensor:
         """Each token's share of the score, (B, T-1)."""
@@ -123,6 +131,7 @@ def compare(stage: Stage, policy: GPT, docs, *, n: int, beta: float) -> tuple[di
               "objective_ref": ref_score, "objective": score - beta * kl}
     for key, x in values.items():
         out[key], out[f"{key}_se"] = mean_se(x)
+    out |= stage.gold_mean(rollout)
     out["best_of_n"] = best_of_n(stage, prompts[:128])
     before, after = ref_rollout.responses(), rollout.responses()
     samples = [{"prompt": decode(prompts[i][1:]), "before": decode(before[i]),

@@ -192,6 +192,11 @@ def frontier(axes, summary: dict, rows: list[dict]) -> bool:
         x_se, y_se = map(summary.get, ("kl_nats_per_sequence_se", "reward_mean_se"))
         axes.errorbar(x, y, y_se, x_se, color=OURS, fmt="none")
         axes.axline((x, y), slope=beta, color=MUTED, lw=1, ls="--", label="equal\nobjective")
+    for name, other in summary.get("others") or []:
+        x, y = other["kl_nats_per_sequence"], other["reward_mean"]
+        axes.plot(x, y, "o", color=OURS, mfc="none", ms=5)
+        axes.annotate(name, (x, y), xytext=(4, -3), textcoords="offset points", fontsize=7,
+                      color=MUTED)
     axes.set_xlabel("KL from the reference, nats per sequence")
     return final or len(kl) > 0
 
@@ -211,4 +216,16 @@ def evidence(axes, summary: dict, rows: list[dict]) -> bool:
     axes.axhline(low, color=YARD, lw=1.5, label=f"{what}\n{low:.2f}")
     pad = 0.08 * (high - prior)
     axes.set_ylim(min(prior, axes.get_ylim()[0]) - pad, high + pad)
+    return True
+
+
+def overoptimisation(axes, summary: dict, rows: list[dict]) -> bool:
+    """The reward that is trained on and the one that only watches, against sqrt(KL)."""
+    kl, gold = column(rows, "kl_nats_per_sequence", "gold_mean")
+    if not len(kl):
+        return False
+    reward = column(rows, "kl_nats_per_sequence", "reward_mean")[1]
+    _line_and_band(axes, np.sqrt(kl), reward, OURS, "trained on")
+    _line_and_band(axes, np.sqrt(kl), gold, YARD, "gold")
+    axes.set_xlabel("square root of the KL from the reference, nats per sequence")
     return True

@@ -1,11 +1,13 @@
 """The report of a run: figures, one self-contained HTML page, and the merged summary.
 
-Reads RUN/{gpt,bert,reward,ppo}/{summary.json,metrics.jsonl,flags.json} and RUN/ppo/samples.jsonl:
+Reads RUN/{gpt,bert,reward,ppo}/{summary.json,metrics.jsonl,flags.json}, RUN/ppo/samples.jsonl and
+the summaries of other policies in RUN/trainers/:
 files only, no model. The page has no script and loads nothing; it reads on a phone, in dark mode
 and on paper (report.css). Leaves out the drawing itself (figures.py) and comparing several runs.
 """
 
 import json
+import math
 import shlex
 from collections import defaultdict
 from datetime import datetime
@@ -70,6 +72,10 @@ FIGURES = [
      "The most reward that any policy can have at a KL (dotted: at least so much), what samplers "
      "of the reference reach with n texts and no training, and what training pays and gets.",
      fig.frontier),
+    ("ppo", "overoptimisation", "Proxy and gold", "sd of the reference's scores",
+     "The policy is trained on a reward model of one half of the raters; that of the other half "
+     "only watches. Where the two part, PPO gets what the first model has wrong (Gao et al. 2022).",
+     fig.overoptimisation),
     ("ppo", "ppo_reward", "Reward and objective", "sd of the reference's scores",
      "The distance between the two is what the KL costs.",
      fig.curves, {"objective": "objective", "reward_mean": "reward"}),
@@ -80,6 +86,16 @@ FIGURES = [
      "Uncertainty about the next token; at 0 the policy says only one thing.",
      fig.curves, {"entropy_nats_per_token": "policy"}),
 ]  # fmt: skip
+
+
+WORDS = """<p>The pretrained model is a prior over texts. A score r is evidence: at the price beta
+it makes a text exp(r / beta) times as likely, and the prior reweighed so is the posterior, which
+nobody can sample from directly. Training comes near it. What it maximises, reward − beta KL, is
+beta log Z at the posterior, Z = E exp(r / beta) over the prior's texts, and less by beta times the
+gap elsewhere: the gap is KL(policy || posterior), the nats that are left to gain. The Bayes
+fraction is 0 at the prior and 1 at the posterior. Log Z is estimated from weighed texts of prior
+and policy; where few of them have all the weight, the gap is only known to be at least so
+large.</p>"""
 
 
 class Stage(NamedTuple):
@@ -167,6 +183,33 @@ def agreement(summary: dict) -> str:
     return out
 
 
+def policies(run: Path) -> list[tuple[str, dict]]:
+    """Names and summaries of the trained policies: RUN/ppo, and those in RUN/trainers/*."""
+    folders = [run / "ppo", *sorted((run / "trainers").glob("*/"))]
+    return [(folder.name, summary) for folder in folders
+            if (summary := read_stage(folder).summary).get("objective") is not None]
+
+
+def ways(named: list[tuple[str, dict]]) -> str:
+    """How near each policy has come to the posterior of its beta, and what it took."""
+    rows = []
+    for name, s in named:
+        known = s.get("posterior") or {}
+        gap, fraction = (number(known.get(key), ".2f", known.get(f"{key}_se"))
+                         for key in ("gap_nats", "bayes_fraction"))
+        if known and not known["trusted"]:
+            gap = f"≥ {number(known.get('gap_nats_lower'), '.2f')} (unreliable)"
+            fraction = f"≤ {number(known.get('bayes_fraction_upper'), '.2f')} (unreliable)"
+        rows.append([name, number(s.get("beta"), "g"), number(s.get("episodes"), ","),
+                     number((s.get("wall_seconds") or math.nan) / 60, ".1f"),
+                     *(number(s.get(key), ".2f", s.get(f"{key}_se"))
+                       for key in ("reward_mean", "kl_nats_per_sequence", "objective")),
+                     gap, fraction])
+    head = ["run", "beta", "episodes", "minutes", "reward", "KL, nats", "objective",
+            "gap, nats", "Bayes fraction"]
+    return "<h2>Prior, posterior, gap</h2>" + WORDS + table("numbers", head, rows) if rows else ""
+
+
 def samples(path: Path) -> str:
     """The sample table, as the run has left it."""
     head = ["prompt", "before", "after", "score before", "score after", "KL, nats"]
@@ -185,11 +228,13 @@ def write_report(run: Path) -> Path:
         raise UserError(f"{run} holds no stage to report: looked for {', '.join(STAGES)} with a "
                         "summary.json or metrics.jsonl; give the folder above them, or train first")
     sections = dict.fromkeys((heading for _, heading in STAGES.values()), "")
+    named = policies(run)
     for name, *spec in FIGURES:
-        sections[STAGES[name][1]] += fig.draw(run / "figures", *stages[name][:2], *spec)
+        seen = {**stages[name].summary, "others": named[1:]}
+        sections[STAGES[name][1]] += fig.draw(run / "figures", seen, stages[name].rows, *spec)
     sections[STAGES["reward"][1]] += agreement(stages["reward"].summary)
     body = "".join(f'<h2>{heading}</h2><div class="figures">{items}</div>\n'
-                   for heading, items in sections.items() if items)
+                   for heading, items in sections.items() if items) + ways(named)
     merged = merge(run, stages)
     write_json(run / "summary.json", merged)
     write_text(run / "report.html", page(run, stages, merged["wall_seconds"], body))

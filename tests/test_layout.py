@@ -152,3 +152,15 @@ def test_nothing_else_at_the_top_level():
     if listing.returncode:
         pytest.skip("not a git checkout")
     assert {line.split("/")[0] for line in listing.stdout.splitlines()} <= TOP_LEVEL
+
+
+def test_readme_links_formulas_to_functions():
+    """The table of the posterior: each `module.function` in its last column is there."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme.split("## The posterior, and")[1].split("\n## ")[0]
+    table = [row.split("|")[3] for row in re.findall(r"^\| .*", section, flags=re.M)]
+    named = re.findall(r"`(\w+)\.(\w+)`", "".join(table))
+    assert len(named) >= 15
+    for module, function in named:
+        names = {f.name for f in functions(ROOT / "nanokl" / f"{module}.py")}
+        assert function in names, f"{module}.{function}"
