@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import torch
 
-from nanokl import UserError, bayes, checkpoint, frontier
+from nanokl import UserError, bayes, checkpoint, frontier, ppo
 from nanokl import runtime as rt
 from nanokl.evaluation import Stage, load_gpt, prompt_docs
 from nanokl.gpt import GPT
@@ -31,15 +31,14 @@ SETS = 64  # sets of proposals that stand for all of them in SIR's law
 class Ruler:
     """K texts of the reference for each of some prompts, kept: any number of policies to measure.
 
-    Costs 2 P K texts sampled and scored (P prompts) and 3 P K read, and for each further policy
-    P K sampled and scored and 3 P K read. Everything is a function of (seed, P, K).
+    2 P K texts are sampled, scored and read once, by the model that did not sample them, for the
+    first of the policies; for each further one P K less. A function of (seed, P, K).
     """
 
     def __init__(self, stage: Stage, docs: list[list[int]], *, prompts: int, samples: int):
         self.stage, self.samples = stage, samples
         self.prompts = stage.prompts(docs, prompts, rt.generator(stage.seed, "posterior prompts"))
         self.texts, self.score = self._draw(stage.ref, "reference")
-        self.logp_ref = self._log_probs(stage.ref, self.texts)
 
     def _draw(self, model: GPT, who: str):
         rng = rt.generator(self.stage.seed, "posterior", who)
@@ -55,9 +54,10 @@ class Ruler:
         weight, which is nearly constant for a policy near pi*, so that its mean has little noise.
         """
         texts, score = self._draw(policy, "policy")
-        logp, logp_ref = self._log_probs(policy, texts), self._log_probs(self.stage.ref, texts)
+        logp, logp_ref = texts.logp.double().sum(1), self._log_probs(self.stage.ref, texts)
         mine = score, logp, logp_ref, logp - logp_ref
-        theirs = self.score, self._log_probs(policy, self.texts), self.logp_ref
+        logp_ref = self.texts.logp.double().sum(1)
+        theirs = self.score, self._log_probs(policy, self.texts), logp_ref
         shape = (len(self.prompts), self.samples)
         return tuple(bayes.Texts(*(x.view(shape) for x in half)) for half in (theirs, mine))
 
@@ -134,7 +134,7 @@ def tell(run: Path, *, prompts: int, samples: int, particles: int, device: str =
     stage, policy, docs, beta = open_run(run, device)
     ruler = Ruler(stage, docs, prompts=prompts, samples=samples)
     account, numbers = whole_account(ruler, policy, beta)
-    if beta and particles and policy.config.value_head:
+    if beta and particles and stage.config.method == "ppo":  # the others have no critic
         numbers["untrained"].append(by_critic(ruler, policy, beta, particles))
     write_json(Path(run) / "posterior.json", numbers)
     head = f"{'without training':18}{'n':>6}{'KL, nats':>10}{'reward':>8}{'objective':>11}"
@@ -147,12 +147,28 @@ def tell(run: Path, *, prompts: int, samples: int, particles: int, device: str =
     return "\n".join([*account.lines(), "", head, *rows])
 
 
+# psi(s) = exp((score(s) + v(s)) / beta): with shaping the critic's v is what is still to come.
+def shaped_twist(stage: Stage, policy: GPT, beta: float):
+    """The twist of a policy that was trained with shaping; None, the critic's own, for others."""
+    if not stage.config.shaping:
+        return None
+
+    def twist(idx: torch.Tensor) -> torch.Tensor:
+        score = ppo.score_ids(stage.reward, idx.tolist(), stage.tokenizer).to(idx.device)
+        with stage.runtime.autocast():
+            value = policy.values(idx, policy(idx))[:, -1].float()
+        return (score + value).double() / beta
+
+    return twist
+
+
 # With y ~ q and Zhat from the same particles, KL(q || pi*) <= log Z - E log Zhat, hence
 # J(q) / beta >= E log Zhat and KL(q || ref) <= E r / beta - E log Zhat.
 def by_critic(ruler: Ruler, policy: GPT, beta: float, particles: int) -> dict:
     """A text drawn by twisted SMC: its reward, and the most that its KL and gap can be."""
     rng = rt.generator(ruler.stage.seed, "posterior", "smc")
-    draws = smc(Target(ruler.stage, beta, policy), ruler.prompts, 1, rng, particles=particles)
+    draws = smc(Target(ruler.stage, beta, policy), ruler.prompts, 1, rng, particles=particles,
+                twist=shaped_twist(ruler.stage, policy, beta))
     reward, log_z = draws.score.mean().item(), draws.log_z.mean().item()
     return {"sampler": "SMC, at most", "n": particles, "kl_nats": reward / beta - log_z,
             "reward_mean": reward, "objective": beta * log_z}
