@@ -18,7 +18,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from nanokl import (
     UserError,
     checkpoint,
-    judgements,
     metrics,
     optim,
     ppo,
@@ -28,7 +27,13 @@ from nanokl import (
     training,
 )
 from nanokl import runtime as rt
-from nanokl.comparisons import finish_reward, group_loss, reference_rollout, test_pairs
+from nanokl.comparisons import (
+    finish_reward,
+    group_loss,
+    load_judgements,
+    reference_rollout,
+    test_pairs,
+)
 from nanokl.evaluation import Stage, compare, load_gpt, pretrained, prompt_docs
 from nanokl.gpt import GPT
 from nanokl.posterior import Ruler, brief, whole_account
@@ -126,14 +131,12 @@ class PPOFlags(Flags, trainers.TrainerConfig):
 
 def train_reward(flags: RewardFlags) -> None:
     """The whole run: comparisons, early stop on validation, normalisation, test numbers."""
-    # 1. Trunk, judgements, yardstick (wrong flags show here), optimisers; on --resume their state.
+    # 1. Trunk, judgements, yardstick (wrong flags show), optimisers; on --resume their state.
     runtime = rt.setup(flags.device, flags.dtype)
     tokenizer = Tokenizer.load(flags.data)
     trunk = reward.load_trunk(pretrained(flags.init, tokenizer), dropout=flags.dropout)
     torch.manual_seed(flags.seed)  # the head
-    train, val = (judgements.Judgements.load(flags.data, split, flags.raters)
-                  for split in ("train", "val"))
-    test = judgements.Judgements.load(flags.data, "test")
+    train, val, test = load_judgements(flags)
     yardstick = reference_rollout(load_gpt(flags, tokenizer, runtime), flags, tokenizer, runtime)
     core = reward.RewardModel.on(
         trunk, n_domain=len(train.domain_names), dropout=flags.dropout, members=flags.members,

@@ -15,6 +15,12 @@ from nanokl.gpt import GPT
 from nanokl.runtime import Runtime, generator
 
 
+def load_judgements(flags) -> tuple[judgements.Judgements, ...]:
+    """The three splits; of training and validation maybe half the raters, of the test all."""
+    raters = {"train": flags.raters, "val": flags.raters, "test": "all"}
+    return tuple(judgements.Judgements.load(flags.data, *which) for which in raters.items())
+
+
 def reference_rollout(ref: GPT, flags, tokenizer, runtime: Runtime) -> Rollout:
     """n_samples fresh texts of the reference policy, on training prompts."""
     docs = prompt_docs(flags.data, "train", flags.domains, tokenizer)

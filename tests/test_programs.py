@@ -30,7 +30,7 @@ WIDTH = "--n_layer 1 --n_embd 32 --n_head 2"
 PRETRAIN = f"{WIDTH} --block_size 48 --steps 6 --batch_size 16 --eval_every 3 --log_every 1"
 REWARD = "--steps 4 --eval_every 2 --n_groups 2 --group_size 8 --n_samples 64"
 PPO = ("--steps 2 --batch 16 --minibatch 8 --n_eval 32 --posterior_prompts 2 "
-       "--posterior_samples 64 --eval_every 1")
+       "--posterior_samples 64")
 # how a command of the README is made small; {sdist} is the made-up archive
 SMALL = {
     "data/hutto/prepare.py": "{sdist}",
@@ -247,8 +247,9 @@ def test_sample_fill_mask_score(python, demo):
 
 def test_the_posterior_of_a_run(python, demo):
     """Its evaluations and summary have the bracket; the command tells it again, in whole."""
-    brackets = [row for row in rows(demo / "ppo") if "gap_nats_lower" in row]
-    assert [row["step"] for row in brackets] == [1]  # the last evaluation is the summary's
+    python.ok(*stage("ppo", demo / "often", "--steps", 3, "--eval_every", 1))
+    brackets = [row["step"] for row in rows(demo / "often") if "gap_nats_lower" in row]
+    assert brackets == [1, 2]  # the last evaluation is the summary's
     known = read(demo / "ppo" / "summary.json")["posterior"]
     assert known["gap_nats_lower"] <= known["gap_nats_upper"] and known["texts_per_prompt"] == 128
     assert known["gap_reward_lower"] == pytest.approx(0.1 * known["gap_nats_lower"])
@@ -270,7 +271,7 @@ def test_the_posterior_of_a_run(python, demo):
 def test_the_table_of_placements(python):
     assert python.ok("-m", "nanokl", "posterior", "--table").out == kl_table.table() + "\n"
     python.fails("-m", "nanokl", "posterior", says=["run None", "--table"])
-    python.fails("-m", "nanokl", "posterior", "runs/x", "--table", says=["runs/x", "--table alone"])
+    python.fails("-m", "nanokl", "posterior", "runs/x", "--table", says=["runs/x", "or --table"])
 
 
 def test_a_wrong_placement_says_so(python, demo, tmp_path):
@@ -472,8 +473,8 @@ def test_last_good_checkpoint_survives(python, demo, tmp_path):
         "calls = []\ndef reward(ids, texts):\n    calls.append(1)\n"
         "    return [float(len(t)) * (1e36 if len(calls) > 2 else .1) for t in texts]\n"
     )
-    words = stage("ppo", tmp_path / "out", "--steps", 5, "--save_every", 1,
-                  "--reward", f"{tmp_path}/wild.py:reward")  # fmt: skip
+    words = stage("ppo", tmp_path / "out", "--steps", 5, "--save_every", 1, "--shaping", 0,
+                  "--reward", f"{tmp_path}/wild.py:reward")
     done = python.fails(*words, status=3, says=["step 3", "last good checkpoint", "out/last"])
     assert done.err.count("step") == 1
     assert checkpoint.load_state(tmp_path / "out" / "last")["step"] == 2

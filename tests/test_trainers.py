@@ -355,7 +355,7 @@ TABLE = torch.randn(5**3, generator=torch.Generator().manual_seed(1), dtype=torc
 
 def by_table(ids, _texts) -> torch.Tensor:
     """Scores: what comes after a stop token is 0, as exact.texts counts."""
-    rows = [[*row[len(PROMPT) :], 0, 0][:3] for row in ids]
+    rows = [[*row[len(PROMPT) :], 0, 0, 0][:3] for row in ids]
     return TABLE[[25 * a + 5 * b + c for a, b, c in rows]]
 
 
