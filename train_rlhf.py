@@ -263,7 +263,7 @@ def finish_ppo(stage: Stage, policy: GPT, docs, log: metrics.Log, first: dict, *
                  "a larger --beta, or a lower --lr")
     log.close({"method": flags.method, "kl_placement": flags.kl_placement,
                "episodes": flags.steps * flags.batch, "steps": flags.steps,
-               "seed": flags.seed, **numbers, **first, "collapsed": collapsed})
+               "seed": flags.seed, **numbers, **first, "collapsed": collapsed}, told=("posterior",))
 
 
 def train_ppo(flags: PPOFlags) -> None:

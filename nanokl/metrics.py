@@ -174,8 +174,11 @@ class Log(contextlib.AbstractContextManager):
             if self.dirty:
                 print(flush=True)
 
-    def close(self, summary: dict) -> None:
-        """Write OUT/summary.json (with wall_seconds, version, machine, date); say where it is."""
+    def close(self, summary: dict, told: tuple[str, ...] = ()) -> None:
+        """Write OUT/summary.json (with wall_seconds, version, machine, date); say where it is.
+
+        `told`: what need not be printed, because it has been.
+        """
         if not self.is_main:
             return
         wall = round(time.monotonic() - self.start, 3)
@@ -187,7 +190,7 @@ class Log(contextlib.AbstractContextManager):
             about["peak_memory_gib"] = peak / (2**30 if sys.platform == "darwin" else 2**20)
         write_json(self.out / "summary.json", {**about, **summary})
         self.line(f"{self.out.name} done in {duration(wall)}")
-        for text in _show(summary):
+        for text in _show({k: x for k, x in summary.items() if k not in told}):
             self.line(f"  {text}")
         self.line(f"numbers: {self.out / 'summary.json'}  curves: {self.out / 'metrics.jsonl'}")
 

@@ -80,15 +80,17 @@ def check(target: Target, prompts: list[list[int]], proposal: str = "ref", **cou
 def log_probs(model: GPT, rollout: Rollout, config: ppo.SamplingConfig, runtime,
               chunk: int = 256) -> Tensor:
     """log p(response | prompt) (B,) in float64, by the code of ppo.measure but log-probs alone."""
-    end = rollout.n_prompt + rollout.mask.sum(1)
-    out = torch.zeros(len(end), dtype=torch.float64, device=end.device)
-    for rows in end.argsort(stable=True).split(chunk):  # rows of like length: little padding
-        T, mine = int(end[rows[-1]]), runtime.shard(rows)
-        idx, mask = rollout.idx[mine, :T], rollout.mask[mine, : T - 1]
+    device = rollout.idx.device
+    out = torch.zeros(len(rollout.idx), dtype=torch.float64, device=device)
+    # All positions and not the response's alone: shapes that vary would scatter over the memory
+    # that these programs keep (runtime.py), 40 MiB a chunk.
+    for rows in torch.arange(len(out), device=device).split(chunk):
+        mine = runtime.shard(rows)
+        idx, mask = rollout.idx[mine], rollout.mask[mine]
         with runtime.autocast():
-            logp = linear_logprob(model(idx)[:, :-1], model.head.weight, idx[:, 1:], mask=mask,
+            logp = linear_logprob(model(idx)[:, :-1], model.head.weight, idx[:, 1:],
                                   temperature=config.temperature).logp
-        out[rows] = runtime.gather(logp.double().sum(1))
+        out[rows] = runtime.gather(torch.where(mask, logp, 0).double().sum(1))
     return out
 
 
