@@ -23,8 +23,9 @@ BERT_tiny := --steps 20 --eval_every 10 --n_layer 2
 REWARD_demo := --steps 400
 REWARD_main := --members 2 --steps 1200 --eval_every 100 --patience 12 --dropout 0.2 --word_dropout 0.2
 REWARD_tiny := --steps 20 --eval_every 10 --n_samples 128
-PPO_demo := --steps 32 --posterior_prompts 4 --posterior_samples 4096
-PPO_main := --steps 120 --posterior_samples 2048
+PPO_demo := --steps 32 --posterior_prompts 3 --posterior_samples 4096 --eval_every 16
+PPO_main := --steps 130 --posterior_samples 4096 --eval_every 65
+PPO_main_0.4 := --steps 65 --batch 512 --minibatch 128 --lr 2e-4 --muon_lr 2e-4 --posterior_samples 1024
 PPO_tiny := --steps 2 --batch 32 --minibatch 16 --n_eval 64 --posterior_prompts 2 --posterior_samples 64
 SUITES ?= bpe pretrain logprob generate ppo objective scaling
 BENCH ?= --rounds 5 --seconds 8
@@ -79,7 +80,8 @@ reward: $(RUN)/reward/summary.json ## 18   reward model on the encoder, with wha
 $(RUN)/reward/summary.json: | $(RUN)/gpt/summary.json $(RUN)/bert/summary.json
 	$(PY) train_rlhf.py reward --data $(DATA) --init $(RUN)/bert --policy $(RUN)/gpt --out $(RUN)/reward $(REWARD) $(call go_on,reward)
 
-rlhf: $(RUN)/ppo/summary.json ## 20   KL-penalised PPO against the reward model, with what it needs
+# the full run goes to two posteriors, those of beta .1 and .4
+rlhf: $(RUN)/ppo/summary.json $(if $(filter main,$(BUDGET)),$(RUN)/trainers/ppo-0.4/summary.json) ## 40   KL-penalised PPO against the reward model, with what it needs
 $(RUN)/ppo/summary.json: | $(RUN)/reward/summary.json
 	$(PY) train_rlhf.py ppo --data $(DATA) --policy $(RUN)/gpt --reward $(RUN)/reward --out $(RUN)/ppo $(PPO) $(call go_on,ppo)
 
@@ -89,7 +91,7 @@ BETAS ?= 0.1 0.4
 trainers: $(foreach m,$(METHODS),$(foreach b,$(BETAS),$(RUN)/trainers/$(m)-$(b)/summary.json)) ## 90   every method at two prices, side by side
 	$(PY) -m nanokl report $(RUN)
 $(RUN)/trainers/%/summary.json: | $(RUN)/reward/summary.json
-	$(PY) train_rlhf.py ppo --data $(DATA) --policy $(RUN)/gpt --reward $(RUN)/reward --out $(RUN)/trainers/$* --method $(firstword $(subst -, ,$*)) --beta $(lastword $(subst -, ,$*)) $(PPO) $(call go_on,trainers/$*)
+	$(PY) train_rlhf.py ppo --data $(DATA) --policy $(RUN)/gpt --reward $(RUN)/reward --out $(RUN)/trainers/$* --method $(firstword $(subst -, ,$*)) --beta $(lastword $(subst -, ,$*)) $(or $(PPO_$(BUDGET)_$(lastword $(subst -, ,$*))),$(PPO)) $(call go_on,trainers/$*)
 
 report: $(RUN)/ppo/summary.json ## 0.1  summary.json, report.html and figures of a run
 	$(PY) -m nanokl report $(RUN)
