@@ -100,8 +100,8 @@ class PPOFlags(Flags, trainers.TrainerConfig):
     gold: str | None = None  # another one that only watches: what the first was to stand for
     steps: int = 40  # batches of rollouts
     batch: int = 256  # episodes a batch, over all processes
-    lr: float = 3e-4
-    muon_lr: float = 3e-4
+    lr: float = 2e-4
+    muon_lr: float = 2e-4
     weight_decay: float = 0.0
     lam: float = 0.7  # GAE; small, since shaping leaves little for later tokens to say
     shaping: int = 1  # after how many tokens the text so far is scored, for credit; 0: at its end
