@@ -57,8 +57,9 @@ def draw(folder: Path, summary: dict, rows: list[dict], name: str, title: str, y
         if not paint(axes, summary, rows, *what):
             return ""
         axes.xaxis.label.set_color(MUTED)
+        many = len(axes.get_legend_handles_labels()[0]) > 6
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False,
-                    labelcolor="mec", fontsize=9, labelspacing=1.2, handlelength=1.2, borderpad=0)
+                    labelcolor="mec", fontsize=9, labelspacing=0.5 if many else 1.2, handlelength=1.2, borderpad=0)
         # the y axis is named above it, level, where a phone's reader need not turn their head
         figure.text(0.008, 0.945, title, color=INK, fontsize=11, fontweight="bold")
         figure.text(0.008, 0.87, y, color=MUTED)
@@ -166,15 +167,18 @@ def reliability(axes, summary: dict, rows: list[dict]) -> bool:
 def frontier(axes, summary: dict, rows: list[dict]) -> bool:
     """Reward got against KL paid: the most there is, samplers, training, the final policies."""
     known = summary.get("posterior") or {}
+    # the account's prompts are few: theirs is the shape, the level is that of all prompts
+    level = summary.get("reward_ref_mean", 0) - known.get("reward_ref_mean", 0) if known else 0
     if most := known.get("frontier"):
         x, y, fine = (np.array([m[k] for m in most]) for k in ("kl_nats", "reward_mean", "trusted"))
+        y = y + level
         last = max(np.flatnonzero(fine), default=0)
         axes.plot(x[: last + 1], y[: last + 1], color=INK, lw=1.8, label="most there is")
         axes.plot(x[last:], y[last:], ":", color=INK, lw=1.2, label="at least")
     marks = zip(("D-", "s-", "^-"), (YARD, MUTED, MUTED), strict=False)
     for name, (mark, colour) in zip(("best-of-n", "SIR", "Metropolis"), marks, strict=True):
         if points := [p for p in known.get("untrained") or [] if p["sampler"] == name]:
-            x, y = ([p[k] for p in points] for k in ("kl_nats", "reward_mean"))
+            x, y = [p["kl_nats"] for p in points], [p["reward_mean"] + level for p in points]
             label = f"{name}\n{points[0]['n']} to {points[-1]['n']}"
             axes.plot(x, y, mark, color=colour, lw=1, ms=4, label=label)
     if not known and (best := summary.get("best_of_n")):
