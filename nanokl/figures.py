@@ -59,7 +59,8 @@ def draw(folder: Path, summary: dict, rows: list[dict], name: str, title: str, y
         axes.xaxis.label.set_color(MUTED)
         many = len(axes.get_legend_handles_labels()[0]) > 6
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False,
-                    labelcolor="mec", fontsize=9, labelspacing=0.5 if many else 1.2, handlelength=1.2, borderpad=0)
+                    labelcolor="mec", fontsize=9, labelspacing=0.5 if many else 1.2,
+                    handlelength=1.2, borderpad=0)
         # the y axis is named above it, level, where a phone's reader need not turn their head
         figure.text(0.008, 0.945, title, color=INK, fontsize=11, fontweight="bold")
         figure.text(0.008, 0.87, y, color=MUTED)
