@@ -38,7 +38,7 @@ PPO ?= $(PPO_$(BUDGET))
 go_on = $(if $(wildcard $(RUN)/$(1)/last/state.pt),--resume)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint check demo data pretrain bert reward rlhf trainers report results bench clean
+.PHONY: help setup test lint check demo data pretrain bert reward rlhf trainers overoptimisation report results bench clean
 
 help: ## 0    this list
 	@echo "Minutes on a 2-core x86-64 CPU with AMX, 2026-11, after setup; a stage with what it needs:"
@@ -92,6 +92,14 @@ trainers: $(foreach m,$(METHODS),$(foreach b,$(BETAS),$(RUN)/trainers/$(m)-$(b)/
 	$(PY) -m nanokl report $(RUN)
 $(RUN)/trainers/%/summary.json: | $(RUN)/reward/summary.json
 	$(PY) train_rlhf.py ppo --data $(DATA) --policy $(RUN)/gpt --reward $(RUN)/reward --out $(RUN)/trainers/$* --method $(firstword $(subst -, ,$*)) --beta $(lastword $(subst -, ,$*)) $(or $(PPO_$(BUDGET)_$(lastword $(subst -, ,$*))),$(PPO)) $(call go_on,trainers/$*)
+
+# Gao et al. 2022 at small scale: trained on one half of the raters, watched by the other
+overoptimisation: $(RUN)/overoptimisation/ppo/summary.json ## 15   what PPO gains by what its reward model has wrong
+	$(PY) -m nanokl report $(RUN)/overoptimisation
+$(RUN)/raters-%/summary.json: | $(RUN)/gpt/summary.json $(RUN)/bert/summary.json
+	$(PY) train_rlhf.py reward --data $(DATA) --init $(RUN)/bert --policy $(RUN)/gpt --out $(RUN)/raters-$* --raters $* $(REWARD) $(call go_on,raters-$*)
+$(RUN)/overoptimisation/ppo/summary.json: | $(RUN)/raters-first/summary.json $(RUN)/raters-second/summary.json
+	$(PY) train_rlhf.py ppo --data $(DATA) --policy $(RUN)/gpt --reward $(RUN)/raters-first --gold $(RUN)/raters-second --out $(RUN)/overoptimisation/ppo --beta 0.02 $(PPO) --posterior_samples 0 $(call go_on,overoptimisation/ppo)
 
 report: $(RUN)/ppo/summary.json ## 0.1  summary.json, report.html and figures of a run
 	$(PY) -m nanokl report $(RUN)

@@ -286,3 +286,56 @@ def test_a_yardstick_without_this_number_is_left_out():
     names, kinds = figures.beside_people(summary, "r", "human", "one human")
     assert names == ["film"] and [k[0] for k in kinds] == ["this run", "one human", "rules (given)"]
     assert [k[1] for k in kinds] == [[0.5], [0.9], [0.3]]
+
+
+# --------------------------------------------------------------------------------- the posterior
+POSTERIOR = {
+    "trusted": True, "gap_nats": 4.2, "gap_nats_se": 0.31, "gap_nats_lower": 4.2,
+    "gap_reward_lower": 0.42, "gap_reward_upper": 0.44, "bayes_fraction": 0.71,
+    "bayes_fraction_se": 0.02, "bayes_fraction_upper": 0.72, "reward_ref_mean": 0.3,
+    "frontier": [{"beta": b, "kl_nats": 1 / b, "reward_mean": 2 - b, "ess_median": 60 * b,
+                  "trusted": b > 0.8} for b in (2.0, 1.0, 0.5)],
+    "untrained": [{"sampler": name, "n": n, "kl_nats": math.log(n), "reward_mean": math.log(n) / 2,
+                   "objective": 1.0} for n in (4, 16) for name in ("best-of-n", "SIR")],
+}  # fmt: skip
+
+
+def with_posterior(run, name="ppo", **changes):
+    """A finished policy whose gap is known, in RUN/NAME."""
+    fake(run, "ppo") if name == "ppo" else (run / name).mkdir(parents=True)
+    summary = {**SUMMARY["ppo"], "episodes": 8192, "posterior": {**POSTERIOR, **changes}}
+    (run / name / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+
+
+def test_the_gap_is_told_and_drawn(tmp_path):
+    with_posterior(tmp_path)
+    page = write_report(tmp_path).read_text("utf-8")
+    assert (tmp_path / "figures" / "posterior.png").exists()
+    assert "4.20 ± 0.31" in page and "0.71 ± 0.02" in page and "8,192" in page
+    assert "unreliable" not in page and "<h2>Prior, posterior, gap</h2>" in page
+
+
+def test_a_gap_that_is_not_trusted_is_no_plain_number(tmp_path):
+    nothing = dict.fromkeys(("gap_nats", "gap_nats_se", "bayes_fraction", "bayes_fraction_se"))
+    with_posterior(tmp_path, trusted=False, **nothing)
+    page = write_report(tmp_path).read_text("utf-8")
+    assert "≥ 4.20 (unreliable)" in page and "≤ 0.72 (unreliable)" in page
+    assert "at least" in page
+
+
+def test_other_policies_stand_beside_it(tmp_path):
+    with_posterior(tmp_path)
+    with_posterior(tmp_path, "trainers/rloo-0.4", gap_nats=7.77)
+    page = write_report(tmp_path).read_text("utf-8")
+    assert page.index("4.20 ± 0.31") < page.index("7.77 ± 0.31")
+    assert page.count("rloo-0.4") >= 2  # in the table, and in the figure
+
+
+def test_proxy_and_gold_are_drawn_where_there_is_a_gold(tmp_path):
+    fake(tmp_path, "ppo")
+    write_report(tmp_path)
+    assert not (tmp_path / "figures" / "overoptimisation.png").exists()
+    rows = "".join(json.dumps({**row, "gold_mean": 0.5}) + "\n" for row in rows_of("ppo"))
+    (tmp_path / "ppo" / "metrics.jsonl").write_text(rows, encoding="utf-8")
+    assert "Proxy and gold" in write_report(tmp_path).read_text("utf-8")
+    assert (tmp_path / "figures" / "overoptimisation.png").exists()
