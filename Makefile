@@ -42,7 +42,7 @@ go_on = $(if $(wildcard $(RUN)/$(1)/last/state.pt),--resume)
 
 help: ## 0    this list
 	@echo "Minutes on a 2-core x86-64 CPU with AMX, 2026-11, after setup; a stage with what it needs:"
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-10s%s\n", $$1, $$2}'
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-18s%s\n", $$1, $$2}'
 
 .venv/ready: pyproject.toml constraints.txt
 	$(SYSTEM_PYTHON) -m venv .venv
@@ -88,13 +88,13 @@ $(RUN)/ppo/summary.json: | $(RUN)/reward/summary.json
 # other ways to the posterior, and another price, each for as long as PPO takes
 METHODS ?= ppo rloo grpo dpo dpg sft
 BETAS ?= 0.1 0.4
-trainers: $(foreach m,$(METHODS),$(foreach b,$(BETAS),$(RUN)/trainers/$(m)-$(b)/summary.json)) ## 90   every method at two prices, side by side
+trainers: $(foreach m,$(METHODS),$(foreach b,$(BETAS),$(RUN)/trainers/$(m)-$(b)/summary.json)) ## -    every method at two prices, side by side
 	$(PY) -m nanokl report $(RUN)
 $(RUN)/trainers/%/summary.json: | $(RUN)/reward/summary.json
 	$(PY) train_rlhf.py ppo --data $(DATA) --policy $(RUN)/gpt --reward $(RUN)/reward --out $(RUN)/trainers/$* --method $(firstword $(subst -, ,$*)) --beta $(lastword $(subst -, ,$*)) $(or $(PPO_$(BUDGET)_$(lastword $(subst -, ,$*))),$(PPO)) $(call go_on,trainers/$*)
 
 # Gao et al. 2022 at small scale: trained on one half of the raters, watched by the other
-overoptimisation: $(RUN)/overoptimisation/ppo/summary.json ## 15   what PPO gains by what its reward model has wrong
+overoptimisation: $(RUN)/overoptimisation/ppo/summary.json ## -    what PPO gains by what its reward model has wrong
 	$(PY) -m nanokl report $(RUN)/overoptimisation
 $(RUN)/raters-%/summary.json: | $(RUN)/gpt/summary.json $(RUN)/bert/summary.json
 	$(PY) train_rlhf.py reward --data $(DATA) --init $(RUN)/bert --policy $(RUN)/gpt --out $(RUN)/raters-$* --raters $* $(REWARD) $(call go_on,raters-$*)
