@@ -51,15 +51,15 @@ help: ## 0    this list
 
 setup: $(VENV) ## 0.5  .venv with the pinned packages
 
-test: $(VENV) ## 2.8  all tests
+test: $(VENV) ## 3.7  all tests
 	$(PY) -m pytest
 
 lint: $(VENV) ## 0.1  ruff
 	$(PY) -m ruff check .
 
-check: lint test ## 2.9  what CI runs: lint and test
+check: lint test ## 3.8  what CI runs: lint and test
 
-demo: $(VENV) ## 8    the whole story, from data to report, in runs/demo (replaced)
+demo: $(VENV) ## 9    the whole story, from data to report, in runs/demo (replaced)
 	rm -rf runs/demo && mkdir -p runs/demo && date +%s > runs/demo/started
 	$(MAKE) --no-print-directory report RUN=runs/demo BUDGET=$(BUDGET:main=demo)
 
@@ -81,7 +81,7 @@ $(RUN)/reward/summary.json: | $(RUN)/gpt/summary.json $(RUN)/bert/summary.json
 	$(PY) train_rlhf.py reward --data $(DATA) --init $(RUN)/bert --policy $(RUN)/gpt --out $(RUN)/reward $(REWARD) $(call go_on,reward)
 
 # the full run goes to two posteriors, those of beta .1 and .4
-rlhf: $(RUN)/ppo/summary.json $(if $(filter main,$(BUDGET)),$(RUN)/trainers/ppo-0.4/summary.json) ## 40   KL-penalised PPO against the reward model, with what it needs
+rlhf: $(RUN)/ppo/summary.json $(if $(filter main,$(BUDGET)),$(RUN)/trainers/ppo-0.4/summary.json) ## 38   PPO towards two posteriors, with what it needs (sum of parts)
 $(RUN)/ppo/summary.json: | $(RUN)/reward/summary.json
 	$(PY) train_rlhf.py ppo --data $(DATA) --policy $(RUN)/gpt --reward $(RUN)/reward --out $(RUN)/ppo $(PPO) $(call go_on,ppo)
 
