@@ -168,18 +168,15 @@ def reliability(axes, summary: dict, rows: list[dict]) -> bool:
 def frontier(axes, summary: dict, rows: list[dict]) -> bool:
     """Reward got against KL paid: the most there is, samplers, training, the final policies."""
     known = summary.get("posterior") or {}
-    # the account's prompts are few: theirs is the shape, the level is that of all prompts
-    level = summary.get("reward_ref_mean", 0) - known.get("reward_ref_mean", 0) if known else 0
     if most := known.get("frontier"):
         x, y, fine = (np.array([m[k] for m in most]) for k in ("kl_nats", "reward_mean", "trusted"))
-        y = y + level
         last = max(np.flatnonzero(fine), default=0)
         axes.plot(x[: last + 1], y[: last + 1], color=INK, lw=1.8, label="most there is")
         axes.plot(x[last:], y[last:], ":", color=INK, lw=1.2, label="at least")
     marks = zip(("D-", "s-", "^-"), (YARD, MUTED, MUTED), strict=False)
     for name, (mark, colour) in zip(("best-of-n", "SIR", "Metropolis"), marks, strict=True):
         if points := [p for p in known.get("untrained") or [] if p["sampler"] == name]:
-            x, y = [p["kl_nats"] for p in points], [p["reward_mean"] + level for p in points]
+            x, y = ([p[k] for p in points] for k in ("kl_nats", "reward_mean"))
             label = f"{name}\n{points[0]['n']} to {points[-1]['n']}"
             axes.plot(x, y, mark, color=colour, lw=1, ms=4, label=label)
     if not known and (best := summary.get("best_of_n")):
@@ -190,14 +187,16 @@ def frontier(axes, summary: dict, rows: list[dict]) -> bool:
     kl, reward = column(rows, "kl_nats_per_sequence", "reward_mean")
     if len(kl):
         _line_and_band(axes, kl, reward, OURS, "training")
-    x, y, beta = map(summary.get, ("kl_nats_per_sequence", "reward_mean", "beta"))
+    here = known if "kl_nats_per_sequence" in known else summary  # on the frontier's own prompts
+    x, y, beta = map(here.get, ("kl_nats_per_sequence", "reward_mean", "beta"))
     final = None not in (x, y, beta)
     if final:
         axes.plot(x, y, "o", color=OURS, ms=7, label=f"final\n{y:.2f}")
-        x_se, y_se = map(summary.get, ("kl_nats_per_sequence_se", "reward_mean_se"))
+        x_se, y_se = map(here.get, ("kl_nats_per_sequence_se", "reward_mean_se"))
         axes.errorbar(x, y, y_se, x_se, color=OURS, fmt="none")
         axes.axline((x, y), slope=beta, color=MUTED, lw=1, ls="--", label="equal\nobjective")
     for name, other in summary.get("others") or []:
+        other = {**other, **(other.get("posterior") or {})}
         x, y = other["kl_nats_per_sequence"], other["reward_mean"]
         axes.plot(x, y, "o", color=OURS, mfc="none", ms=5)
         axes.annotate(name, (x, y), xytext=(4, -3), textcoords="offset points", fontsize=7,

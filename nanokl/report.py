@@ -70,8 +70,8 @@ FIGURES = [
      "is what is not known of log Z.", fig.evidence),
     ("ppo", "ppo_reward_kl", "Reward against KL", "sd of the reference's scores",
      "The most reward that any policy can have at a KL (dotted: at least so much), what samplers "
-     "of the reference reach with n texts and no training, and what training pays and gets. The "
-     "former are measured on a few prompts and moved to the level of all.",
+     "of the reference reach with n texts and no training, and what training pays and gets. "
+     "Training is on all prompts, everything else on the few on which the gap is measured.",
      fig.frontier),
     ("ppo", "overoptimisation", "Proxy and gold", "sd of the reference's scores",
      "The policy is trained on a reward model of one half of the raters; that of the other half "
