@@ -66,12 +66,11 @@ class Ruler:
         return bayes.account(*self.halves(policy), beta=beta)
 
 
-def frontier_points(ref: bayes.Texts, policy: bayes.Texts, betas: list[float]) -> list[dict]:
-    """R*(k) at some prices, from both halves' texts."""
+def both(ref: bayes.Texts, policy: bayes.Texts) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores (P, 2 K) of both halves' texts, and log ref - log mixture, as frontier.py wants."""
     score, logp, logp_ref = (torch.cat([getattr(x, k) for x in (ref, policy)], 1)
                              for k in ("score", "logp", "logp_ref"))
-    log_q = logp_ref - bayes.mixture(logp_ref, logp)
-    return frontier.frontier(score, log_q, betas)
+    return score, logp_ref - bayes.mixture(logp_ref, logp)
 
 
 def untrained(ref: bayes.Texts, beta: float, *, seed: int) -> list[dict]:
@@ -101,8 +100,11 @@ def brief(account: bayes.Account) -> dict:
 def whole_account(ruler: Ruler, policy: GPT, beta: float) -> tuple[bayes.Account, dict]:
     """The account, and its summary with the frontier and what needs no training."""
     ref, own = ruler.halves(policy)
-    account = bayes.account(ref, own, beta=beta)
-    return account, {**account.summary(), "frontier": frontier_points(ref, own, frontier.prices()),
+    account, weighed, prices = bayes.account(ref, own, beta=beta), both(ref, own), frontier.prices()
+    numbers = account.summary()
+    most = frontier.most_reward(*weighed, numbers["kl_nats_per_sequence"], prices)
+    return account, {**numbers, "most_reward_at_this_kl": most,
+                     "frontier": frontier.frontier(*weighed, prices),
                      "untrained": untrained(ref, beta, seed=ruler.stage.seed)}
 
 
@@ -144,7 +146,9 @@ def tell(run: Path, *, prompts: int, samples: int, particles: int, device: str =
     rows += ["", f"{'most reward at a KL':24}{'KL, nats':>10}{'reward':>8}{'slope':>11}"]
     rows += [f"{'':24}{x['kl_nats']:10.2f}{x['reward_mean']:8.2f}{x['beta']:11.2f}"
              for x in known[:: max(1, len(known) // 10)]]
-    return "\n".join([*account.lines(), "", head, *rows])
+    most = (f"most reward     {numbers['most_reward_at_this_kl']:.2f} at this KL, by any policy; "
+            f"{numbers['reward_mean']:.2f} by this one")
+    return "\n".join([*account.lines(), most, "", head, *rows])
 
 
 # psi(s) = exp((score(s) + v(s)) / beta): with shaping the critic's v is what is still to come.

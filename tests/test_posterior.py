@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanokl import UserError, exact, posterior, ppo
+from nanokl import UserError, exact, frontier, posterior, ppo
 from nanokl.evaluation import Stage
 from nanokl.gpt import GPT
 from nanokl.runtime import Runtime, generator
@@ -72,6 +72,7 @@ def test_the_account_of_a_policy_is_the_exact_one():
     fraction = (true["J"] - true["J_ref"]) / (BETA * true["log_z"] - true["J_ref"])
     assert numbers["bayes_fraction"] == pytest.approx(fraction, abs=0.08)
     assert numbers["trusted"] and true["gap"] > 0.1
+    assert numbers["most_reward_at_this_kl"] > numbers["reward_mean"] + 0.01
     assert posterior.brief(account)["gap_nats"] == numbers["gap_nats"]
 
 
@@ -79,7 +80,10 @@ def test_the_frontier_passes_through_the_posterior():
     stage, policy = make()
     ruler = posterior.Ruler(stage, DOCS, prompts=4, samples=8_000)
     true = truth(stage, policy, ruler.prompts)
-    points = posterior.frontier_points(*ruler.halves(policy), [BETA])
+    weighed = posterior.both(*ruler.halves(policy))
+    points = frontier.frontier(*weighed, [BETA])
+    most = frontier.most_reward(*weighed, true["kl"], frontier.prices())
+    assert most == pytest.approx(true["reward"], abs=0.05)
     assert points[0]["kl_nats"] == pytest.approx(true["kl"], abs=0.05)
     assert points[0]["reward_mean"] == pytest.approx(true["reward"], abs=0.05)
     assert points[0]["trusted"]
