@@ -369,8 +369,11 @@ def test_make_goes_on_with_an_interrupted_stage(python, tmp_path):
 
 
 def test_make_tells_a_stage_that_is_done(python, demo):
-    done = python.shell("make -n rlhf PY=python RUN=runs/demo")
+    done = python.shell("make -n rlhf PY=python RUN=runs/demo BUDGET=demo")
     assert done.returncode == 0 and "train" not in done.stdout
+    done = python.shell("make -n rlhf PY=python RUN=runs/demo")  # the full run has a policy more
+    (command,) = re.findall("^python train.*", done.stdout, flags=re.M)
+    assert "ppo --data" in command and "--beta 0.4" in command
 
 
 # --------------------------------------------------------------------------------------- resuming
