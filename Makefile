@@ -104,7 +104,7 @@ $(RUN)/overoptimisation/ppo/summary.json: | $(RUN)/raters-first/summary.json $(R
 report: $(RUN)/ppo/summary.json ## 0.1  summary.json, report.html and figures of a run
 	$(PY) -m nanokl report $(RUN)
 
-results: $(VENV) ## 34   the README's table: demo, 4 more PPO seeds, the main run (sum of parts)
+results: $(VENV) ## 50   the README's table: demo, 4 more PPO seeds, the main run (sum of parts)
 	$(MAKE) demo
 	rm -rf runs/seeds
 	for seed in 1 2 3 4; do $(PY) train_rlhf.py ppo --data $(DATA) --policy runs/demo/gpt --reward runs/demo/reward --out runs/seeds/$$seed $(PPO_demo) --seed $$seed || exit; done

@@ -35,7 +35,7 @@ class Texts:
     score: Tensor  # of the whole text: the r that the policy was trained on
     logp: Tensor  # under the policy
     logp_ref: Tensor  # under the reference
-    kl: Tensor | None = None  # exact KL(policy || ref), summed over the text; of the policy's own
+    kl: Tensor | None = None  # of the policy's own: KL(policy || ref), exact or k1, of the text
 
     def __post_init__(self):
         for field in fields(self):

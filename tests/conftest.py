@@ -71,6 +71,17 @@ def untuned(monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def one_thread():
+    """For tiny tensors: a second thread is only waited for."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @dataclass
 class Done:
     """How a program ended."""

@@ -40,13 +40,7 @@ RIGHT = [("k1", "reward", "token"), ("k1", "reward", "sequence"), ("k2", "loss",
          ("exact", "both", "token")]  # fmt: skip
 WRONG = [choice for choice in MEANING if choice not in RIGHT]
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def flags(choice) -> dict:

@@ -47,13 +47,7 @@ CONFIG = PPOConfig(min_prompt=1, max_prompt=1, max_new_tokens=NEW, minibatch=64)
 MANY = settings(max_examples=25, deadline=None)
 JUNK = 1e6
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def randn(*shape, seed=0, dtype=torch.float64):

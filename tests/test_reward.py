@@ -34,13 +34,7 @@ TEXTS = ["a", "", "a longer text", "zz top", "a much longer text than that", "é
 DOMAINS = torch.tensor([0, 1, 2, 0, 1, 2, 0])
 MANY = settings(max_examples=25, deadline=None)
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_trunk(cls, seed=0, **options):

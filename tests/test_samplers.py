@@ -37,13 +37,7 @@ PROMPTS = [[STOP, 0], [STOP, 1, 3]]  # neither begins the other
 CONFIG = ppo.PPOConfig(min_prompt=1, max_prompt=2, max_new_tokens=NEW, temperature=0.8)
 ODDS = 1e-6
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rng(seed=0):

@@ -36,13 +36,7 @@ CPU = Runtime(torch.device("cpu"), torch.float32)
 STOP, PROMPT = 0, [0, 1]
 OTHERS = ("rloo", "grpo", "dpo", "dpg", "sft")
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
