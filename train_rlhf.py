@@ -301,8 +301,7 @@ def train_ppo(flags: PPOFlags) -> None:
     # 2. Batches of rollouts, a few epochs of updates on each.
     with training.nothing_half_written(flags.out, runtime), log, rt.Interrupt() as interrupt:
         for step in range(start + 1, flags.steps + 1):
-            optim.set_lr(optimizers, optim.lr_scale(step - 1, flags.steps, warmup=2, decay=0.5,
-                                                    final=0.1))
+            optim.set_lr(optimizers, optim.lr_scale(step - 1, flags.steps, warmup=2, decay=0.5))
             row = ppo_batch(stage, model, policy, optimizers, docs, step, controller.beta)
             ratio = row.pop("first_ratio_max_deviation")
             if step == 1:

@@ -1,4 +1,4 @@
-"""What equal episodes are worth: E[r] - beta KL(policy || ref) after nanokl and TRL have trained.
+"""What equal episodes are worth: how far from the posterior nanokl and TRL have got.
 
 All start from the same random weights (a small GPT-2-shaped model whose next-token distributions
 are uneven), with the same rule as reward, the same beta and the same number of episodes, in
@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from nanokl import runtime as rt
+from nanokl.bayes import log_mean_exp
 from nanokl.bench import Ready
 from nanokl.bench_generate import gpt2_shaped, gpt2_weights, plain_logits
-from nanokl.bench_ppo import nanokl_ppo, prompts, rule, trl_ppo, trl_rloo
+from nanokl.bench_ppo import good, nanokl_ppo, prompts, rule, trl_ppo, trl_rloo
 from nanokl.gpt import GPT
 from nanokl.metrics import mean_se
 
@@ -47,14 +48,17 @@ def reference(case: dict) -> GPT:
     return model
 
 
+def held_out(case: dict) -> Tensor:
+    """The judge's prompts (n, prompt), the same for every policy of a case."""
+    pool, rng = prompts(case), rt.generator(case["seed"], "judge's prompts")
+    return pool[torch.randint(len(pool), (case["samples"],), generator=rng)]
+
+
 @torch.no_grad()
 def judge(policy: dict[str, Tensor], ref: dict[str, Tensor], case: dict) -> tuple[Tensor, Tensor]:
     """Reward and KL, nats a sequence, of fresh samples of the policy: (n,) each, float64."""
-    rng = rt.generator(case["seed"], "judge")
-    n, H = case["samples"], case["model"]["n_head"]
-    pool = prompts(case)
-    idx = pool[torch.randint(len(pool), (n,), generator=rng)]
-    kl = torch.zeros(n, dtype=torch.float64)
+    rng, H, idx = rt.generator(case["seed"], "judge"), case["model"]["n_head"], held_out(case)
+    kl = torch.zeros(len(idx), dtype=torch.float64)
     for _ in range(case["new"]):
         logp, logp_ref = (plain_logits(w, idx, H)[:, -1].log_softmax(-1) for w in (policy, ref))
         kl += (logp.exp() * (logp - logp_ref)).sum(-1)
@@ -62,12 +66,36 @@ def judge(policy: dict[str, Tensor], ref: dict[str, Tensor], case: dict) -> tupl
     return rule(idx, case).double(), kl
 
 
+# w_t = sum_a ref(a | s_t) exp(r(s_t, a) / beta),  a ~ the summands,  s_t by weight out of K:
+# E prod_t mean_K w_t = Z (Del Moral 2004), so that its logarithm is low in the mean
+@torch.no_grad()
+def log_evidence(ref: dict[str, Tensor], case: dict, particles: int = 16) -> Tensor:
+    """log Z (n,) of the judge's prompts."""
+    rng, H, V = rt.generator(case["seed"], "evidence"), *(case["model"][k] for k in
+                                                          ("n_head", "vocab_size"))
+    out = []
+    for few in held_out(case).split(32):
+        idx, total = few.repeat_interleave(particles, 0), torch.zeros(len(few), dtype=torch.float64)
+        for _ in range(case["new"]):
+            pay = 2.4 / case["new"] * good(torch.arange(V), idx[:, -1:], case)  # (n K, V)
+            log_w = plain_logits(ref, idx, H)[:, -1].log_softmax(-1) + pay / case["beta"]
+            by_prompt = log_w.logsumexp(-1).view(len(few), -1)  # (n, K)
+            total += log_mean_exp(by_prompt)
+            pick = torch.multinomial(by_prompt.softmax(-1), particles, True, generator=rng)
+            pick = (pick + particles * torch.arange(len(few))[:, None]).flatten()
+            token = torch.multinomial(log_w.softmax(-1)[pick], 1, generator=rng)
+            idx = torch.cat([idx[pick], token], dim=1)
+        out.append(total)
+    return torch.cat(out)
+
+
 def verdict(policy: dict[str, Tensor], ref: dict[str, Tensor], case: dict) -> dict[str, float]:
-    """J of the policy with its standard error, its parts, and J of the reference: its reward."""
+    """J of the policy with its standard error, its parts, J of the reference, and the gap."""
     score, kl = judge(policy, ref, case)
     J, se = mean_se(score - case["beta"] * kl)
+    gap, gap_se = mean_se(log_evidence(ref, case) - score / case["beta"] + kl)
     return {"J": J, "se": se, "reward": score.mean().item(), "KL": kl.mean().item(),
-            "J of ref": judge(ref, ref, case)[0].mean().item()}
+            "J of ref": judge(ref, ref, case)[0].mean().item(), "gap": gap, "gap se": gap_se}
 
 
 def weights_of(policy: nn.Module) -> dict[str, Tensor]:

@@ -45,12 +45,15 @@ CASES = (
 )  # fmt: skip
 
 
+def good(new: Tensor, before: Tensor, case: dict) -> Tensor:
+    """What the rule gives tokens for themselves and for the ones before them: 0, 1 or 2 each."""
+    return (new < case["model"]["vocab_size"] // 4).float() + (new + before) % 2
+
+
 # r = 2.4 share(token < V/4) + 2.4 share(token + the one before it is odd)
 def rule(idx: Tensor, case: dict) -> Tensor:
     """Rewards (B,) of whole rows (B, T): which tokens the response has, and what follows what."""
-    new, before = idx[:, case["prompt"] :], idx[:, case["prompt"] - 1 : -1]
-    good = (new < case["model"]["vocab_size"] // 4).float() + (new + before) % 2
-    return 2.4 * good.mean(1)
+    return 2.4 * good(idx[:, case["prompt"] :], idx[:, case["prompt"] - 1 : -1], case).mean(1)
 
 
 class Seen:
@@ -127,7 +130,7 @@ def nanokl_ppo(case: dict, ref: GPT, reward: Callable[[Tensor], Tensor], *, dtyp
 
     def run() -> dict:
         n = next(step)
-        optim.set_lr(optimizers, optim.lr_scale(n - 1, steps, warmup=2, decay=0.5, final=0.1))
+        optim.set_lr(optimizers, optim.lr_scale(n - 1, steps, warmup=2, decay=0.5))
         return train_rlhf.ppo_batch(stage, policy, policy, optimizers, docs, n, case["beta"])
 
     return policy, run

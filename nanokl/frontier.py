@@ -53,13 +53,29 @@ def _kl(p: Tensor) -> Tensor:
     return torch.special.xlogy(p, p * p.shape[-1]).sum(-1)
 
 
-# g_k = F_k^n - F_{k-1}^n with F_k = k / K, rewards in ascending order
-def best_of_n(r: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """KL and E[r] of the best of n texts, rewards (P, K) without ties: (P,) each."""
-    K = r.shape[-1]
-    cdf = (torch.arange(K + 1, dtype=r.dtype) / K) ** n
-    p = cdf.diff().expand_as(r)
-    return _kl(p), (p * r.sort(-1).values).sum(-1)
+# p_k = (1 - S_k)^n - (1 - S_{k-1})^n,  S_k the reference's share of texts above the k-th
+def best_of_n(score: Tensor, n: float, log_q: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """KL and E[r] of the best of n texts, (P,) each, from texts (P, K) without ties.
+
+    `log_q` as in `tilted`: texts of a proposal that knows the best ones tell of an n that the
+    reference's own, log_q = 0, do not reach.
+    """
+    score, order = score.sort(-1)
+    log_q = torch.zeros_like(score) if log_q is None else log_q.gather(-1, order)
+    q = log_q.softmax(-1)
+    above = torch.nn.functional.pad(q.flip(-1).cumsum(-1), (1, 0)).flip(-1)  # (P, K + 1), 1 to 0
+    p = (n * torch.log1p(-above.clamp(max=1))).exp().diff()
+    return torch.special.xlogy(p, p / q).sum(-1), (p * score).sum(-1)
+
+
+def best_of_n_at(score: Tensor, log_q: Tensor, kl: float) -> tuple[float, float]:
+    """The n whose best-of-n has this KL, mean over prompts, and its E[r], by bisection of log n."""
+    low, high = 0.0, 60.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        now, reward = best_of_n(score, math.exp(middle), log_q)
+        low, high = (middle, high) if now.mean() < kl else (low, middle)
+    return math.exp(middle), reward.mean().item()
 
 
 # P(y) = E over the m - 1 others of w(y) / (w(y) + sum of theirs), times m / K

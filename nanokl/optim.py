@@ -113,16 +113,16 @@ def make_optimizers(model: nn.Module, *, lr: float, muon_lr: float, weight_decay
     return optimizers
 
 
-# scale(step) = min(up, final + (1 - final) down), up = (step + 1) / warmup,
-# down = (total - step) / (decay total), both at most 1; after the last step it is `final`.
-def lr_scale(step: int, total: int, *, warmup: int, decay: float, final: float = 0.0) -> float:
+# scale(step) = min(up, down, 1), up = (step + 1) / warmup, down = (total - step) / (decay total);
+# it would be 0 after the last step.
+def lr_scale(step: int, total: int, *, warmup: int, decay: float) -> float:
     """Share of the peak rate (`warmup` in steps, `decay` of the run); UserError: out of range."""
-    if warmup < 0 or not 0 <= decay <= 1 or not 0 <= final <= 1:
-        raise UserError(f"warmup is {warmup}, decay {decay}, final {final}: give warmup of 0 or "
-                        "more steps, decay and final from 0 to 1")
+    if warmup < 0 or not 0 <= decay <= 1:
+        raise UserError(f"warmup is {warmup}, decay {decay}: give warmup of 0 or more steps, decay "
+                        "from 0 to 1")
     up = min(1.0, (step + 1) / max(warmup, 1))
     down = min(1.0, (total - step) / (decay * total)) if decay * total > 0 else 1.0
-    return min(up, final + (1 - final) * down)
+    return min(up, down)
 
 
 def set_lr(optimizers: list[torch.optim.Optimizer], scale: float) -> None:

@@ -102,8 +102,10 @@ def whole_account(ruler: Ruler, policy: GPT, beta: float) -> tuple[bayes.Account
     ref, own = ruler.halves(policy)
     account, weighed, prices = bayes.account(ref, own, beta=beta), both(ref, own), frontier.prices()
     numbers = account.summary()
-    most = frontier.most_reward(*weighed, numbers["kl_nats_per_sequence"], prices)
-    return account, {**numbers, "most_reward_at_this_kl": most,
+    here = *weighed, numbers["kl_nats_per_sequence"]
+    n, best = frontier.best_of_n_at(*here)
+    return account, {**numbers, "most_reward_at_this_kl": frontier.most_reward(*here, prices),
+                     "best_of_n_at_this_kl": {"n": n, "reward_mean": best},
                      "frontier": frontier.frontier(*weighed, prices),
                      "untrained": untrained(ref, beta, seed=ruler.stage.seed)}
 
@@ -146,8 +148,10 @@ def tell(run: Path, *, prompts: int, samples: int, particles: int, device: str =
     rows += ["", f"{'most reward at a KL':24}{'KL, nats':>10}{'reward':>8}{'slope':>11}"]
     rows += [f"{'':24}{x['kl_nats']:10.2f}{x['reward_mean']:8.2f}{x['beta']:11.2f}"
              for x in known[:: max(1, len(known) // 10)]]
+    best = numbers["best_of_n_at_this_kl"]
     most = (f"most reward     {numbers['most_reward_at_this_kl']:.2f} at this KL, by any policy; "
-            f"{numbers['reward_mean']:.2f} by this one")
+            f"{numbers['reward_mean']:.2f} by this one, {best['reward_mean']:.2f} by the best of "
+            f"{best['n']:,.0f}")
     return "\n".join([*account.lines(), most, "", head, *rows])
 
 

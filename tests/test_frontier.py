@@ -67,6 +67,23 @@ def test_best_of_n_is_that_of_the_exact_world(n):
         assert reward[i].item() == pytest.approx(exact.expectation(law, r[i]).item(), abs=1e-10)
 
 
+def test_best_of_many_from_weighted_texts():
+    """r ~ N(0, 1), half of the texts from N(4, 1): the mean of F^n by numbers, the KL's formula."""
+    g, n = torch.Generator().manual_seed(5), 20_000
+    r = 4 + torch.randn(1, 400_000, generator=g, dtype=torch.float64)
+    own = torch.randn(1, 400_000, generator=g, dtype=torch.float64)
+    score = torch.cat([r, own], 1)
+    log_q = -torch.logaddexp(torch.zeros_like(score), 4 * score - 8) + math.log(2)
+    kl, reward = frontier.best_of_n(score, n, log_q)
+    x = torch.linspace(-8, 12, 200_001, dtype=torch.float64)
+    cdf = torch.special.log_ndtr(x).mul(n).exp()
+    mean = 12 - torch.trapezoid(cdf, x).item()  # E[x] = b - integral of F up to b
+    assert reward.item() == pytest.approx(mean, abs=0.02)
+    assert kl.item() == pytest.approx(math.log(n) - 1 + 1 / n, abs=0.05)
+    found, same = frontier.best_of_n_at(score, log_q, kl.item())
+    assert found == pytest.approx(n, rel=1e-6) and same == pytest.approx(reward.item(), abs=1e-9)
+
+
 @pytest.mark.parametrize("steps", [0, 1, 5, 40])
 def test_metropolis_is_the_chain_of_its_matrix(steps):
     r, beta = rewards(), 0.4

@@ -73,6 +73,7 @@ def test_the_account_of_a_policy_is_the_exact_one():
     assert numbers["bayes_fraction"] == pytest.approx(fraction, abs=0.08)
     assert numbers["trusted"] and true["gap"] > 0.1
     assert numbers["most_reward_at_this_kl"] > numbers["reward_mean"] + 0.01
+    assert numbers["best_of_n_at_this_kl"]["reward_mean"] < numbers["most_reward_at_this_kl"]
     assert posterior.brief(account)["gap_nats"] == numbers["gap_nats"]
 
 
