@@ -25,8 +25,17 @@ REWARD_main := --members 2 --steps 1200 --eval_every 100 --patience 12 --dropout
 REWARD_tiny := --steps 20 --eval_every 10 --n_samples 128
 PPO_demo := --steps 32 --posterior_prompts 8 --posterior_samples 1536 --eval_every 16
 PPO_main := --steps 130 --posterior_prompts 8 --posterior_samples 4096 --eval_every 65
-PPO_main_0.4 := --steps 65 --batch 512 --minibatch 128 --posterior_samples 1024
 PPO_tiny := --steps 2 --batch 32 --minibatch 16 --n_eval 64 --posterior_prompts 2 --posterior_samples 64
+# The full run's second policy, whose KL costs four times as much: what is left is finer, and asks
+# for larger batches. And steps that make each other method as long as PPO, about 3 minutes.
+PPO_0.4 := --beta 0.4 --steps 40 --batch 1024 --minibatch 256 --eval_every 20
+TRAINER := --posterior_prompts 8 --posterior_samples 2048 --eval_every 1000
+STEPS_ppo := 45
+STEPS_rloo := 90
+STEPS_grpo := 90
+STEPS_dpo := 90
+STEPS_dpg := 90
+STEPS_sft := 90
 SUITES ?= bpe pretrain logprob generate ppo objective scaling
 BENCH ?= --rounds 5 --seconds 8
 GPT ?= $(GPT_$(BUDGET))
@@ -81,17 +90,20 @@ $(RUN)/reward/summary.json: | $(RUN)/gpt/summary.json $(RUN)/bert/summary.json
 	$(PY) train_rlhf.py reward --data $(DATA) --init $(RUN)/bert --policy $(RUN)/gpt --out $(RUN)/reward $(REWARD) $(call go_on,reward)
 
 # the full run goes to two posteriors, those of beta .1 and .4
-rlhf: $(RUN)/ppo/summary.json $(if $(filter main,$(BUDGET)),$(RUN)/trainers/ppo-0.4/summary.json) ## 38   PPO towards two posteriors, with what it needs (sum of parts)
+rlhf: $(RUN)/ppo/summary.json $(if $(filter main,$(BUDGET)),$(RUN)/ppo-0.4/summary.json) ## 38   PPO towards two posteriors, with what it needs (sum of parts)
+train_ppo = $(PY) train_rlhf.py ppo --data $(DATA) --policy $(RUN)/gpt --reward $(RUN)/reward --out $(RUN)/$(1) $(call go_on,$(1))
 $(RUN)/ppo/summary.json: | $(RUN)/reward/summary.json
-	$(PY) train_rlhf.py ppo --data $(DATA) --policy $(RUN)/gpt --reward $(RUN)/reward --out $(RUN)/ppo $(PPO) $(call go_on,ppo)
+	$(call train_ppo,ppo) $(PPO)
+$(RUN)/ppo-0.4/summary.json: | $(RUN)/reward/summary.json
+	$(call train_ppo,ppo-0.4) $(PPO_0.4)
 
-# other ways to the posterior, and another price, each for as long as PPO takes
+# other ways to the posterior, each for as long as PPO takes
 METHODS ?= ppo rloo grpo dpo dpg sft
 BETAS ?= 0.1 0.4
 trainers: $(foreach m,$(METHODS),$(foreach b,$(BETAS),$(RUN)/trainers/$(m)-$(b)/summary.json)) ## -    every method at two prices, side by side
 	$(PY) -m nanokl report $(RUN)
 $(RUN)/trainers/%/summary.json: | $(RUN)/reward/summary.json
-	$(PY) train_rlhf.py ppo --data $(DATA) --policy $(RUN)/gpt --reward $(RUN)/reward --out $(RUN)/trainers/$* --method $(firstword $(subst -, ,$*)) --beta $(lastword $(subst -, ,$*)) $(or $(PPO_$(BUDGET)_$(lastword $(subst -, ,$*))),$(PPO)) $(call go_on,trainers/$*)
+	$(call train_ppo,trainers/$*) --method $(firstword $(subst -, ,$*)) --beta $(lastword $(subst -, ,$*)) $(if $(filter main,$(BUDGET)),$(TRAINER) --steps $(STEPS_$(firstword $(subst -, ,$*))),$(PPO))
 
 # Gao et al. 2022 at small scale: trained on one half of the raters, watched by the other
 overoptimisation: $(RUN)/overoptimisation/ppo/summary.json ## -    what PPO gains by what its reward model has wrong

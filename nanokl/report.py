@@ -1,9 +1,9 @@
 """The report of a run: figures, one self-contained HTML page, and the merged summary.
 
 Reads RUN/{gpt,bert,reward,ppo}/{summary.json,metrics.jsonl,flags.json}, RUN/ppo/samples.jsonl and
-the summaries of other policies in RUN/trainers/:
-files only, no model. The page has no script and loads nothing; it reads on a phone, in dark mode
-and on paper (report.css). Leaves out the drawing itself (figures.py) and comparing several runs.
+the summaries of other policies, RUN/ppo-* and RUN/trainers/*: files only, no model. The page has no
+script and loads nothing; it reads on a phone, in dark mode and on paper (report.css). Leaves out
+the drawing itself (figures.py) and comparing several runs.
 """
 
 import json
@@ -185,8 +185,8 @@ def agreement(summary: dict) -> str:
 
 
 def policies(run: Path) -> list[tuple[str, dict]]:
-    """Names and summaries of the trained policies: RUN/ppo, and those in RUN/trainers/*."""
-    folders = [run / "ppo", *sorted((run / "trainers").glob("*/"))]
+    """Names and summaries of the trained policies: RUN/ppo, RUN/ppo-*, RUN/trainers/*."""
+    folders = [run / "ppo", *sorted(run.glob("ppo-*/")), *sorted((run / "trainers").glob("*/"))]
     return [(folder.name, summary) for folder in folders
             if (summary := read_stage(folder).summary).get("objective") is not None]
 
@@ -194,7 +194,7 @@ def policies(run: Path) -> list[tuple[str, dict]]:
 def ways(named: list[tuple[str, dict]]) -> str:
     """How near each policy has come to the posterior of its beta, and what it took."""
     rows = []
-    for name, s in named:
+    for name, s in sorted(named, key=lambda x: (x[1].get("beta") or 0, -x[1]["objective"])):
         known = s.get("posterior") or {}
         gap, fraction = (number(known.get(key), ".2f", known.get(f"{key}_se"))
                          for key in ("gap_nats", "bayes_fraction"))
