@@ -124,6 +124,9 @@ class PPOFlags(Flags, trainers.TrainerConfig):
         if self.posterior_samples and (self.posterior_samples < 32 or self.posterior_samples % 32):
             raise UserError(f"posterior_samples is {self.posterior_samples}: give a multiple of 32,"
                             " or 0 to leave the posterior out")
+        if self.beta == 0 and self.kl_target is not None:
+            raise UserError(f"beta is 0 and kl_target {self.kl_target}, which multiplies beta: "
+                            "give a beta above 0 to start from, or no kl_target")
         if self.beta == 0 and self.method in ("dpo", "dpg", "sft"):
             raise UserError(f"beta is 0, and {self.method} divides by it: give a number above 0, "
                             "or --method ppo, rloo or grpo")
@@ -253,6 +256,7 @@ def finish_ppo(stage: Stage, policy: GPT, docs, log: metrics.Log, first: dict, *
     if stage.runtime.is_main:
         rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
         metrics.write_text(flags.out / "samples.jsonl", rows)
+        (flags.out / "posterior.json").unlink(missing_ok=True)  # of the policy before a --resume
     if flags.posterior_samples:
         account, numbers["posterior"] = whole_account(ruler(stage, docs), policy, beta)
         for line in account.lines():
@@ -288,7 +292,7 @@ def train_ppo(flags: PPOFlags) -> None:
                                        weight_decay=flags.weight_decay,
                                        speed=dict.fromkeys(("critic.", "value."), flags.critic_lr))
     controller = ppo.BetaController(flags.beta, flags.kl_target)
-    start, first = 0, {}
+    start, first, judge = 0, {}, None
     if training.open_run(flags, runtime):
         state = training.load_last(flags.out, policy, optimizers, tokenizer=tokenizer)
         start, controller.beta, first = state["step"], state["beta"], state["first"]
@@ -309,9 +313,10 @@ def train_ppo(flags: PPOFlags) -> None:
                          "kl_at_step_0": row["kl_nats_per_sequence"],
                          "entropy_at_step_0": row["entropy_nats_per_token"]}
             log.step(step, episodes=step * flags.batch, **row)
-            if flags.posterior_samples and step % flags.eval_every == 0 and step < flags.steps:
-                account = ruler(stage, held_out, 8).account(policy, controller.beta)
-                log.event(step, **brief(account))
+            if (flags.posterior_samples and controller.beta and step % flags.eval_every == 0
+                    and step < flags.steps):
+                judge = judge or ruler(stage, held_out, 8)
+                log.event(step, **brief(judge.account(policy, controller.beta)))
             controller.update(row["kl_nats_per_sequence"], flags.batch)
             stop = runtime.any(interrupt.set)
             if runtime.is_main and (stop or step % flags.save_every == 0 or step == flags.steps):

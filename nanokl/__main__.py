@@ -99,10 +99,11 @@ class Posterior:
             print(kl_table.table())
             return
         require_positive(self, "prompts")
-        if self.samples < 32 or self.samples % 32:
-            raise UserError(f"samples is {self.samples}: give a multiple of 32")
+        if self.samples < 32 or self.samples % 32 or self.particles < 0:
+            raise UserError(f"samples is {self.samples}, particles {self.particles}: give a "
+                            "multiple of 32, and 0 or more")
         print(posterior.tell(self.run, prompts=self.prompts, samples=self.samples,
-                             particles=self.particles, device=self.device))
+                             particles=self.particles, device=self.device, say=_progress))
 
 
 @dataclass
@@ -147,9 +148,13 @@ class Bench:
         result = bench.run_suite(
             self.suite, self.out, rounds=self.rounds, seconds=self.seconds, cases=self.cases,
             device=rt.setup(self.device).device.type, variants=self.variants, pythons=pythons,
-            data=self.data, tell=lambda line: print(line, file=sys.stderr, flush=True))
+            data=self.data, tell=_progress)
         print(bench.table(result))
         bench.finish_suite(result, self.out)
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:

@@ -60,7 +60,7 @@ def joint(levels: Levels) -> Tensor:
 def expectation(logp: Tensor, x: Tensor) -> Tensor:
     """sum_y p(y) x(y) over what is possible: 0 times an infinity is 0, and so is its gradient."""
     p = logp.exp()
-    return (p * x.masked_fill(p == 0, 0)).sum()
+    return (p * x.masked_fill(p == 0, 0)).sum(-1)
 
 
 def kl(logp: Tensor, logq: Tensor) -> Tensor:
@@ -122,15 +122,24 @@ def policy_values(policy: Levels, ref: Levels, r: Tensor, beta: float) -> list[T
 
 
 # With m_u = ref(r = u), F_u = ref(r <= u):  pi_n(y) = ref(y) / m_u (F_u^n - F_{u-}^n), u = r(y).
-# In logs, with F_{u-} = F_u (1 - m_u / F_u), so that neither small masses nor large n cancel.
-def best_of_n(logp_ref: Tensor, r: Tensor, n: int) -> Tensor:
-    """log law (V^T,) of the best of n reference samples, ties broken at random."""
-    levels, which = r.unique(return_inverse=True)
-    mass = logp_ref.new_zeros(len(levels)).index_add(0, which, logp_ref.exp())
-    cdf = mass.cumsum(0)
+# In logs, with F_{u-} = F_u (1 - m_u / F_u), and F_u near 1 from what lies above it, so that
+# neither small masses nor large n cancel.
+def best_of_n(logp_ref: Tensor, r: Tensor, n: float) -> Tensor:
+    """log law (..., K) of the best of n of the reference's samples, ties broken at random.
+
+    Of all texts or, as if they were all, of K samples with their weights; n may lie between two
+    whole numbers.
+    """
+    ordered, order = r.sort(-1)
+    place = torch.nn.functional.pad((ordered.diff() > 0).cumsum(-1), (1, 0))
+    level = torch.empty_like(place).scatter(-1, order, place)  # (..., K) texts of one reward: one
+    mass = torch.zeros_like(logp_ref).scatter_add(-1, level, logp_ref.exp())
+    cdf = mass.cumsum(-1)
+    above = torch.nn.functional.pad(mass.flip(-1).cumsum(-1).flip(-1), (0, 1))[..., 1:]
+    log_cdf = torch.where(cdf < 0.5, cdf.log(), torch.log1p(-above))
     top = -(n * torch.log1p(-(mass / cdf).clamp(max=1))).expm1()  # 1 - (F_{u-} / F_u)^n
-    tilt = n * cdf.log() + top.log() - mass.log()
-    return logp_ref + torch.where(mass > 0, tilt, -torch.inf)[which]
+    tilt = n * log_cdf + top.log() - mass.log()
+    return logp_ref + torch.where(mass > 0, tilt, -torch.inf).gather(-1, level)
 
 
 # Q(s, a) <- Q + rate (V(sa) - Q),  V(s) = beta log sum_a ref(a | s) exp(Q(s, a) / beta),

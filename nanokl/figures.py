@@ -23,6 +23,8 @@ COLOURS = {"ink": "#24292f", "muted": "#68727d", "grid": "#e3e6ea", "ours": "#24
 INK, MUTED, GRID, OURS, YARD = COLOURS.values()
 # marks of `dots`: this run, its yardstick, then what is given, which is left open
 MARKS = [("o", OURS, OURS), ("D", YARD, YARD), *((mark, MUTED, "none") for mark in "s^vPX")]
+# of `frontier`; an SMC text's KL is not known, but at most what it is drawn at
+SAMPLERS = {"best-of-n": "D-", "SIR": "s-", "Metropolis": "^-", "SMC, at most": "<"}
 WINDOWS = 30  # a moving mean is over twice this part of a curve
 
 
@@ -173,12 +175,12 @@ def frontier(axes, summary: dict, rows: list[dict]) -> bool:
         last = max(np.flatnonzero(fine), default=0)
         axes.plot(x[: last + 1], y[: last + 1], color=INK, lw=1.8, label="most there is")
         axes.plot(x[last:], y[last:], ":", color=INK, lw=1.2, label="at least")
-    marks = zip(("D-", "s-", "^-"), (YARD, MUTED, MUTED), strict=False)
-    for name, (mark, colour) in zip(("best-of-n", "SIR", "Metropolis"), marks, strict=True):
+    for name, mark in SAMPLERS.items():
         if points := [p for p in known.get("untrained") or [] if p["sampler"] == name]:
             x, y = ([p[k] for p in points] for k in ("kl_nats", "reward_mean"))
-            label = f"{name}\n{points[0]['n']} to {points[-1]['n']}"
-            axes.plot(x, y, mark, color=colour, lw=1, ms=4, label=label)
+            label = " to ".join(str(p["n"]) for p in points[:: len(points) - 1 or 1])
+            axes.plot(x, y, mark, color=YARD if name == "best-of-n" else MUTED, lw=1, ms=4,
+                      label=f"{name}\n{label}")
     if not known and (best := summary.get("best_of_n")):
         x, y, se = (np.array([b[k] for b in best], float)
                     for k in ("kl_nats_bound", "reward_mean", "reward_mean_se"))
@@ -215,8 +217,11 @@ def evidence(axes, summary: dict, rows: list[dict]) -> bool:
     curves(axes, summary, rows, {"objective": "objective"})
     prior, low, high = summary["objective_ref"], J + ends[0], J + max(ends)
     axes.axhline(prior, color=MUTED, lw=1.5, label=f"prior\n{prior:.2f}")
-    what = "posterior" if known["trusted"] else "posterior,\nat least"
-    axes.axhspan(low, high, color=YARD, alpha=0.3, lw=0)
+    what = "posterior"
+    if known["trusted"]:
+        axes.axhspan(low, high, color=YARD, alpha=0.3, lw=0)
+    else:  # the pseudo-upper is no end then
+        what, high = "posterior,\nat least", low
     axes.axhline(low, color=YARD, lw=1.5, label=f"{what}\n{low:.2f}")
     pad = 0.08 * (high - prior)
     axes.set_ylim(min(prior, axes.get_ylim()[0]) - pad, high + pad)

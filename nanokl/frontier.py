@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from nanokl import bayes
+from nanokl import bayes, exact
 
 
 def tilted(score: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,66 +29,74 @@ def tilted(score: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor, T
             bayes.effective_sample_size(log_w))
 
 
+def _enough(ess: Tensor) -> bool:
+    """Whether prompts of these effective sample sizes (P,) can be believed."""
+    return bool(ess.median() >= bayes.LEAST_ESS and ess.min() >= bayes.WORST_ESS)
+
+
 def frontier(score: Tensor, log_q: Tensor, betas) -> list[dict]:
     """R*(k) at the prices `betas`, means over prompts; trusted while the ESS is large enough."""
     out = []
     for beta in betas:
         kl, reward, ess = tilted(score, log_q, beta)
         out.append({"beta": beta, "kl_nats": kl.mean().item(), "reward_mean": reward.mean().item(),
-                    "ess_median": ess.median().item(),
-                    "trusted": bool(ess.median() >= bayes.LEAST_ESS)})
+                    "ess_median": ess.median().item(), "trusted": _enough(ess)})
     return out
 
 
 # R*(k) <= b k + b log Z_b for each b
-def most_reward(score: Tensor, log_q: Tensor, kl: float, betas) -> float:
-    """R*(kl): the least over b of b kl + b log Z_b, mean over prompts."""
-    log_z = torch.stack([bayes.log_mean_exp(score / b + log_q).mean() for b in betas])
-    b = torch.as_tensor(list(betas), dtype=log_z.dtype)
-    return (b * (kl + log_z)).min().item()
+def most_reward(score: Tensor, log_q: Tensor, kl: float, betas) -> tuple[float, bool]:
+    """R*(kl): the least over b of b kl + b log Z_b, mean over prompts; and whether to trust it.
+
+    A log Z_b of too few texts is too low, and so is R* then.
+    """
+    most = [b * (kl + bayes.log_mean_exp(score / b + log_q).mean().item()) for b in betas]
+    least = min(most)
+    return least, _enough(tilted(score, log_q, betas[most.index(least)])[2])
 
 
-def _kl(p: Tensor) -> Tensor:
-    """KL of laws p (..., K) over equally likely texts."""
-    return torch.special.xlogy(p, p * p.shape[-1]).sum(-1)
-
-
-# p_k = (1 - S_k)^n - (1 - S_{k-1})^n,  S_k the reference's share of texts above the k-th
-def best_of_n(score: Tensor, n: float, log_q: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """KL and E[r] of the best of n texts, (P,) each, from texts (P, K) without ties.
+def best_of_n(score: Tensor, n: float, log_q: Tensor | None = None) -> tuple[Tensor, ...]:
+    """KL, E[r] and effective number of texts of the best of n's law, (P,) each, of texts (P, K).
 
     `log_q` as in `tilted`: texts of a proposal that knows the best ones tell of an n that the
     reference's own, log_q = 0, do not reach.
     """
-    score, order = score.sort(-1)
-    log_q = torch.zeros_like(score) if log_q is None else log_q.gather(-1, order)
-    q = log_q.softmax(-1)
-    above = torch.nn.functional.pad(q.flip(-1).cumsum(-1), (1, 0)).flip(-1)  # (P, K + 1), 1 to 0
-    p = (n * torch.log1p(-above.clamp(max=1))).exp().diff()
-    return torch.special.xlogy(p, p / q).sum(-1), (p * score).sum(-1)
+    log_ref = (torch.zeros_like(score) if log_q is None else log_q).log_softmax(-1)
+    log_p = exact.best_of_n(log_ref, score, n)
+    return (exact.kl(log_p, log_ref), exact.expectation(log_p, score),
+            bayes.effective_sample_size(log_p))
 
 
-def best_of_n_at(score: Tensor, log_q: Tensor, kl: float) -> tuple[float, float]:
-    """The n whose best-of-n has this KL, mean over prompts, and its E[r], by bisection of log n."""
+def best_of_n_at(score: Tensor, log_q: Tensor, kl: float) -> dict:
+    """The n whose best-of-n has this KL, mean over prompts, by bisection of log n, and its E[r].
+
+    Trusted while its law has enough texts; too few of the best fall short of E[r].
+    """
     low, high = 0.0, 60.0
     for _ in range(40):
         middle = (low + high) / 2
-        now, reward = best_of_n(score, math.exp(middle), log_q)
+        now, reward, ess = best_of_n(score, math.exp(middle), log_q)
         low, high = (middle, high) if now.mean() < kl else (low, middle)
-    return math.exp(middle), reward.mean().item()
+    return {"n": math.exp(middle), "reward_mean": reward.mean().item(),
+            "trusted": _enough(ess)}
+
+
+def _of(log_p: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """KL and E[r], (P,) each, of laws log_p (P, K) over equally likely texts."""
+    return (exact.expectation(log_p, log_p + math.log(r.shape[-1])),
+            exact.expectation(log_p, r))
 
 
 # P(y) = E over the m - 1 others of w(y) / (w(y) + sum of theirs), times m / K
 def sir(r: Tensor, beta: float, m: int, *, rng: torch.Generator,
         n_sets: int = 256) -> tuple[Tensor, Tensor]:
     """KL and E[r] of one draw out of m proposals with odds exp(r / beta), (P,) each."""
-    w = ((r - r.amax(-1, keepdim=True)) / beta).exp()  # (P, K)
-    K = r.shape[-1]
-    others = torch.randint(K, (n_sets, m - 1), generator=rng)
-    rest = w[:, others].sum(-1)  # (P, n_sets)
-    p = torch.stack([(w / (w + s[:, None])).nan_to_num(1.0) for s in rest.T]).mean(0)
-    p = p / p.sum(-1, keepdim=True)  # sums to K / m up to the noise of the sets
-    return _kl(p), (p * r).sum(-1)
+    log_w = r / beta  # (P, K)
+    others = torch.randint(r.shape[-1], (n_sets, m - 1), generator=rng)
+    rest = log_w[:, others].logsumexp(-1)  # (P, n_sets)
+    p = torch.stack([(log_w - s[:, None]).sigmoid() for s in rest.T]).mean(0)
+    # p sums to K / m up to the noise of the sets
+    return _of((p / p.sum(-1, keepdim=True)).log(), r)
 
 
 # p'(j) = sum_i p(i) min(1, w_j / w_i) / K + p(j) P(j's own proposal is rejected)
@@ -96,16 +104,18 @@ def metropolis(r: Tensor, beta: float, steps: int) -> tuple[Tensor, Tensor]:
     """KL and E[r] after some steps of a chain whose proposals and start are the reference's."""
     r = r.sort(-1).values
     K, log_w = r.shape[-1], r / beta
-    w = (log_w - log_w[..., -1:]).exp()
-    p = torch.full_like(r, 1 / K)
-    below = torch.nn.functional.pad(w.cumsum(-1), (1, 0))[..., :-1]  # of smaller weights
+    none = torch.full_like(r[..., :1], -torch.inf)
+    below = torch.cat([none, log_w.logcumsumexp(-1)[..., :-1]], -1)  # of smaller weights
     at_least = torch.arange(K, 0, -1, dtype=r.dtype)  # texts no lighter than this one
-    stay = 1 - (at_least + below / w) / K  # a lighter proposal may be refused
+    # a lighter proposal may be refused
+    log_stay = (1 - (at_least + (below - log_w).exp()) / K).clamp(min=0).log()
+    log_p = torch.full_like(r, -math.log(K))
     for _ in range(steps):
-        lighter = p.cumsum(-1)  # those that this text is no lighter than: always accepted
-        heavier = (p / w).flip(-1).cumsum(-1).flip(-1) - p / w
-        p = (lighter + w * heavier) / K + stay * p
-    return _kl(p), (p * r).sum(-1)
+        lighter = log_p.logcumsumexp(-1)  # those that this text is no lighter than: all accepted
+        heavier = (log_p - log_w)[..., 1:].flip(-1).logcumsumexp(-1).flip(-1)
+        moved = torch.logaddexp(lighter, log_w + torch.cat([heavier, none], -1)) - math.log(K)
+        log_p = torch.logaddexp(moved, log_stay + log_p)
+    return _of(log_p, r)
 
 
 def prices(n: int = 41) -> list[float]:

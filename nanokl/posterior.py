@@ -8,6 +8,7 @@ for one policy (its J belongs to the beta that it was trained at).
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +33,8 @@ class Ruler:
     """K texts of the reference for each of some prompts, kept: any number of policies to measure.
 
     2 P K texts are sampled, scored and read once, by the model that did not sample them, for the
-    first of the policies; for each further one P K less. A function of (seed, P, K).
+    first of the policies; for each further one P K less are sampled and scored. A function of
+    (seed, P, K).
     """
 
     def __init__(self, stage: Stage, docs: list[list[int]], *, prompts: int, samples: int):
@@ -45,25 +47,29 @@ class Ruler:
         return draw_texts(self.stage, model, self.prompts, self.samples, rng)
 
     def _log_probs(self, model: GPT, texts) -> torch.Tensor:
-        return log_probs(model, texts, self.stage.config, self.stage.runtime)
+        return log_probs(model, texts, self.stage.config, self.stage.runtime).cpu()
 
     def halves(self, policy: GPT) -> tuple[bayes.Texts, bayes.Texts]:
         """The reference's texts and the policy's own, (P, K) each.
 
-        The policy's KL is estimated by k1 of each text: then r / beta - KL is the text's log
-        weight, which is nearly constant for a policy near pi*, so that its mean has little noise.
+        The policy's KL is k1 of each text here, not the exact one of training: r / beta - KL is
+        the text's log weight then, nearly constant near pi*, so that its mean has little noise.
         """
         texts, score = self._draw(policy, "policy")
-        logp, logp_ref = texts.logp.double().sum(1), self._log_probs(self.stage.ref, texts)
+        logp, logp_ref = _total(texts.logp), self._log_probs(self.stage.ref, texts)
         mine = score, logp, logp_ref, logp - logp_ref
-        logp_ref = self.texts.logp.double().sum(1)
-        theirs = self.score, self._log_probs(policy, self.texts), logp_ref
+        theirs = self.score, self._log_probs(policy, self.texts), _total(self.texts.logp)
         shape = (len(self.prompts), self.samples)
         return tuple(bayes.Texts(*(x.view(shape) for x in half)) for half in (theirs, mine))
 
     def account(self, policy: GPT, beta: float) -> bayes.Account:
         """How far the policy is from the posterior at the price beta."""
         return bayes.account(*self.halves(policy), beta=beta)
+
+
+def _total(logp: torch.Tensor) -> torch.Tensor:
+    """log p (B,) of whole responses from their tokens', in float64, which MPS has not."""
+    return logp.cpu().double().sum(1)
 
 
 def both(ref: bayes.Texts, policy: bayes.Texts) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,7 +85,7 @@ def untrained(ref: bayes.Texts, beta: float, *, seed: int) -> list[dict]:
     for n in (4, 16, 64, 256):
         if n > r.shape[1] // 4:
             break  # the law of the best of n is not to be had from so few
-        laws = {"best-of-n": frontier.best_of_n(r, n)}
+        laws = {"best-of-n": frontier.best_of_n(r, n)[:2]}
         if beta > 0:
             laws["SIR"] = frontier.sir(r, beta, n, rng=rt.generator(seed, "sir", n), n_sets=SETS)
             laws["Metropolis"] = frontier.metropolis(r, beta, n - 1)
@@ -91,10 +97,11 @@ def untrained(ref: bayes.Texts, beta: float, *, seed: int) -> list[dict]:
 
 
 def brief(account: bayes.Account) -> dict:
-    """What an evaluation logs: the bracket, and the gap itself where it is trusted."""
-    names = ["gap_nats_lower", "gap_nats_upper", "gap_nats", "bayes_fraction", "ess_median"]
+    """What an evaluation logs: the ends of gap and Bayes fraction, and whether to trust them."""
     known = account.summary()
-    return {name: known[name] for name in names if known.get(name) is not None}
+    return {name: known.get(name) for name in (
+        "gap_nats_lower", "gap_nats_upper", "bayes_fraction_lower", "bayes_fraction_upper",
+        "ess_median", "trusted")}
 
 
 def whole_account(ruler: Ruler, policy: GPT, beta: float) -> tuple[bayes.Account, dict]:
@@ -103,26 +110,28 @@ def whole_account(ruler: Ruler, policy: GPT, beta: float) -> tuple[bayes.Account
     account, weighed, prices = bayes.account(ref, own, beta=beta), both(ref, own), frontier.prices()
     numbers = account.summary()
     here = *weighed, numbers["kl_nats_per_sequence"]
-    n, best = frontier.best_of_n_at(*here)
-    return account, {**numbers, "most_reward_at_this_kl": frontier.most_reward(*here, prices),
-                     "best_of_n_at_this_kl": {"n": n, "reward_mean": best},
+    most, trusted = frontier.most_reward(*here, prices)
+    return account, {**numbers, "most_reward_at_this_kl": most, "most_reward_trusted": trusted,
+                     "best_of_n_at_this_kl": frontier.best_of_n_at(*here),
                      "frontier": frontier.frontier(*weighed, prices),
                      "untrained": untrained(ref, beta, seed=ruler.stage.seed)}
 
 
 def open_run(folder: Path, device: str = "auto") -> tuple[Stage, GPT, list[list[int]], float]:
-    """A finished run of train_rlhf.py ppo: its stage, policy, held-out texts, and beta.
+    """A finished run of train_rlhf.py ppo: its stage, policy, held-out texts, and its last beta.
 
     UserError where flags.json is missing or what it names is not there (paths are as in training).
     """
-    path = Path(folder) / "flags.json"
+    path, summary = (Path(folder) / name for name in ("flags.json", "summary.json"))
     try:
         flags = json.loads(path.read_bytes())
         known = {f.name: flags[f.name] for f in fields(TrainerConfig) if f.name in flags}
         config, data = TrainerConfig(**known), Path(flags["data"])
-        reward, beta, seed = flags["reward"], float(flags["beta"]), int(flags["seed"])
+        last = json.loads(summary.read_bytes()) if summary.exists() else {}  # of --kl_target
+        beta = float(last.get("beta", flags["beta"]))
+        reward, seed = flags["reward"], int(flags["seed"])
         config = SimpleNamespace(**vars(config), policy=Path(flags["policy"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} does not say how a policy was trained: give the folder of a run "
                         "of train_rlhf.py ppo, such as runs/demo/ppo") from None
     runtime = rt.setup(device, flags.get("dtype", "auto"))
@@ -133,26 +142,44 @@ def open_run(folder: Path, device: str = "auto") -> tuple[Stage, GPT, list[list[
     return stage, policy, prompt_docs(data, "val", config.domains, tokenizer), beta
 
 
-def tell(run: Path, *, prompts: int, samples: int, particles: int, device: str = "auto") -> str:
-    """The account of a finished run in words; RUN/posterior.json gets it in numbers."""
+def tell(run: Path, *, prompts: int, samples: int, particles: int, device: str = "auto",
+         say: Callable[[str], None] = lambda line: None) -> str:
+    """The account of a finished run in words; RUN/posterior.json gets it in numbers.
+
+    `say` is told what is being drawn: it takes minutes.
+    """
     stage, policy, docs, beta = open_run(run, device)
+    path = Path(run) / "posterior.json"
+    say(f"drawing {samples} texts each of reference and policy for each of {prompts} prompts")
     ruler = Ruler(stage, docs, prompts=prompts, samples=samples)
     account, numbers = whole_account(ruler, policy, beta)
+    write_json(path, numbers)
     if beta and particles and stage.config.method == "ppo":  # the others have no critic
+        say(f"{path} is written; drawing a text for each prompt by SMC of {particles} particles")
         numbers["untrained"].append(by_critic(ruler, policy, beta, particles))
-    write_json(Path(run) / "posterior.json", numbers)
-    head = f"{'without training':18}{'n':>6}{'KL, nats':>10}{'reward':>8}{'objective':>11}"
-    rows = [f"{x['sampler']:18}{x['n']:6}{x['kl_nats']:10.2f}{x['reward_mean']:8.2f}"
-            f"{x['objective']:11.2f}" for x in numbers["untrained"]]
+        write_json(path, numbers)
+    return "\n".join([*account.lines(), *_reward_lines(numbers)])
+
+
+def _reward_lines(numbers: dict) -> list[str]:
+    """The most reward at a KL, and what needs no training, of a whole account."""
+    most, best = numbers["most_reward_at_this_kl"], numbers["best_of_n_at_this_kl"]
+    most = _least(most, numbers["most_reward_trusted"])
+    rows = [f"most reward     {most} at this KL, by any policy; {numbers['reward_mean']:.2f} by "
+            f"this one, {_least(best['reward_mean'], best['trusted'])} by the best of "
+            f"{best['n']:,.0f}", "",
+            f"{'without training':18}{'n':>6}{'KL, nats':>10}{'reward':>8}{'objective':>11}"]
+    rows += [f"{x['sampler']:18}{x['n']:6}{x['kl_nats']:10.2f}{x['reward_mean']:8.2f}"
+             f"{x['objective']:11.2f}" for x in numbers["untrained"]]
     known = [x for x in numbers["frontier"] if x["trusted"]]
     rows += ["", f"{'most reward at a KL':24}{'KL, nats':>10}{'reward':>8}{'slope':>11}"]
-    rows += [f"{'':24}{x['kl_nats']:10.2f}{x['reward_mean']:8.2f}{x['beta']:11.2f}"
-             for x in known[:: max(1, len(known) // 10)]]
-    best = numbers["best_of_n_at_this_kl"]
-    most = (f"most reward     {numbers['most_reward_at_this_kl']:.2f} at this KL, by any policy; "
-            f"{numbers['reward_mean']:.2f} by this one, {best['reward_mean']:.2f} by the best of "
-            f"{best['n']:,.0f}")
-    return "\n".join([*account.lines(), most, "", head, *rows])
+    return rows + [f"{'':24}{x['kl_nats']:10.2f}{x['reward_mean']:8.2f}{x['beta']:11.2f}"
+                   for x in known[:: max(1, len(known) // 10)]]
+
+
+def _least(x: float, trusted: bool) -> str:
+    """A number that too few texts leave too low: plain where it is trusted."""
+    return f"{x:.2f}" if trusted else f">= {x:.2f} (unreliable)"
 
 
 # psi(s) = exp((score(s) + v(s)) / beta): with shaping the critic's v is what is still to come.

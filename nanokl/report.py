@@ -1,8 +1,9 @@
 """The report of a run: figures, one self-contained HTML page, and the merged summary.
 
 Reads RUN/{gpt,bert,reward,ppo}/{summary.json,metrics.jsonl,flags.json}, RUN/ppo/samples.jsonl and
-the summaries of other policies, RUN/ppo-* and RUN/trainers/*: files only, no model. The page has no
-script and loads nothing; it reads on a phone, in dark mode and on paper (report.css). Leaves out
+the summaries of other policies, RUN/ppo-* and RUN/trainers/*: files only, no model. A policy's
+posterior.json, often of more texts, stands for what its summary says of the posterior. The page has
+no script and loads nothing; it reads on a phone, in dark mode and on paper (report.css). Leaves out
 the drawing itself (figures.py) and comparing several runs.
 """
 
@@ -15,7 +16,7 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-from nanokl import UserError
+from nanokl import UserError, bayes
 from nanokl import figures as fig
 from nanokl.metrics import duration, read_rows, write_json, write_text
 
@@ -66,11 +67,13 @@ FIGURES = [
      "Bradley-Terry on comparisons by single raters; a coin has 0.69.",
      fig.curves, {"loss_nats_per_pair": "training", "val_nats_per_pair": "validation"}),
     ("ppo", "posterior", "From prior to posterior", "objective, sd of the reference's scores",
-     "The gap that is left to the posterior's beta log Z is beta KL(policy || posterior); the band "
-     "is what is not known of log Z.", fig.evidence),
+     "The gap that is left to the posterior's beta log Z is beta KL(policy || posterior). A band "
+     "is what is not known of log Z. Where too few texts have all the weight there is none, and "
+     "the posterior's level is at least where it is drawn.", fig.evidence),
     ("ppo", "ppo_reward_kl", "Reward against KL", "sd of the reference's scores",
      "The most reward that any policy can have at a KL (dotted: at least so much), what samplers "
-     "of the reference reach with n texts and no training, and what training pays and gets. "
+     "of the reference reach with n texts and no training (SMC, steered by the critic, at most at "
+     "the KL where it stands), and what training pays and gets. "
      "Training is on all prompts, everything else on the few on which the gap is measured.",
      fig.frontier),
     ("ppo", "overoptimisation", "Proxy and gold", "sd of the reference's scores",
@@ -117,7 +120,10 @@ def read_stage(folder: Path) -> Stage:
             raise UserError(f"{folder / name} is damaged: it has to hold one JSON object; "
                             "run the stage again") from None
 
-    return Stage(read("summary.json"), read_rows(folder / "metrics.jsonl"), read("flags.json"))
+    summary, account = read("summary.json"), read("posterior.json")
+    if summary and account:
+        summary["posterior"] = account
+    return Stage(summary, read_rows(folder / "metrics.jsonl"), read("flags.json"))
 
 
 def merge(run: Path, stages: dict[str, Stage]) -> dict:
@@ -146,6 +152,13 @@ def number(value: float | None, spec: str = ".3f", se: float | None = None) -> s
     """A number with its standard error as text, with a true minus; a dash where there is none."""
     text = "–" if value is None else format(value, spec).replace("-", "−")
     return text if se is None else f"{text} ± {se:{spec}}"
+
+
+def typeset(text: str) -> str:
+    """A text of a program with the signs that print has and a keyboard has not."""
+    for plain, sign in ((">=", "≥"), ("<=", "≤"), ("+-", "±"), ("-", "−")):
+        text = text.replace(plain, sign)
+    return text
 
 
 def table(kind: str, head: list[str], rows: list[list[str]]) -> str:
@@ -195,12 +208,7 @@ def ways(named: list[tuple[str, dict]]) -> str:
     """How near each policy has come to the posterior of its beta, and what it took."""
     rows = []
     for name, s in sorted(named, key=lambda x: (x[1].get("beta") or 0, -x[1]["objective"])):
-        known = s.get("posterior") or {}
-        gap, fraction = (number(known.get(key), ".2f", known.get(f"{key}_se"))
-                         for key in ("gap_nats", "bayes_fraction"))
-        if known and not known["trusted"]:
-            gap = f"≥ {number(known.get('gap_nats_lower'), '.2f')} (unreliable)"
-            fraction = f"≤ {number(known.get('bayes_fraction_upper'), '.2f')} (unreliable)"
+        gap, fraction = map(typeset, bayes.told(s.get("posterior") or {}))
         rows.append([name, number(s.get("beta"), "g"), number(s.get("episodes"), ","),
                      number((s.get("wall_seconds") or math.nan) / 60, ".1f"),
                      *(number(s.get(key), ".2f", s.get(f"{key}_se"))
@@ -231,7 +239,7 @@ def write_report(run: Path) -> Path:
     sections = dict.fromkeys((heading for _, heading in STAGES.values()), "")
     named = policies(run)
     for name, *spec in FIGURES:
-        seen = {**stages[name].summary, "others": named[1:]}
+        seen = {**stages[name].summary, "others": [x for x in named if x[0] != "ppo"]}
         sections[STAGES[name][1]] += fig.draw(run / "figures", seen, stages[name].rows, *spec)
     sections[STAGES["reward"][1]] += agreement(stages["reward"].summary)
     body = "".join(f'<h2>{heading}</h2><div class="figures">{items}</div>\n'

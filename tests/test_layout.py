@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 RANK = {
     "tokenizer": 0, "transformer": 0, "logprob": 0, "optim": 0, "runtime": 0, "checkpoint": 0,
     "metrics": 0, "figures": 0, "ngrams": 0, "data": 1, "judgements": 1, "training": 1, "gpt": 1,
-    "bert": 1, "generate": 1, "report": 1, "throughput": 1, "bench": 1, "ngram_embedding": 0,
+    "bert": 1, "generate": 1, "report": 3, "throughput": 1, "bench": 1, "ngram_embedding": 0,
     "corpus": 2, "agreement": 2, "bench_logprob": 2, "bench_bpe": 2, "bench_generate": 2,
     "exact": 1, "bayes": 2, "frontier": 3, "reward": 2, "kl": 2, "ppo": 3, "kl_table": 4,
     "shaping": 4, "evaluation": 5, "comparisons": 6, "trainers": 4, "samplers": 6, "smc": 7,
