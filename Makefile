@@ -105,7 +105,7 @@ trainers: $(foreach m,$(METHODS),$(foreach b,$(BETAS),$(RUN)/trainers/$(m)-$(b)/
 $(RUN)/trainers/%/summary.json: | $(RUN)/reward/summary.json
 	$(call train_ppo,trainers/$*) --method $(firstword $(subst -, ,$*)) --beta $(lastword $(subst -, ,$*)) $(if $(filter main,$(BUDGET)),$(TRAINER) --steps $(STEPS_$(firstword $(subst -, ,$*))),$(PPO))
 
-# Gao et al. 2022 at small scale: trained on one half of the raters, watched by the other
+# Gao et al. 2022 at small scale: trained on one half of each text's ratings, watched by the other
 overoptimisation: $(RUN)/overoptimisation/ppo/summary.json ## -    what PPO gains by what its reward model has wrong
 	$(PY) -m nanokl report $(RUN)/overoptimisation
 $(RUN)/raters-%/summary.json: | $(RUN)/gpt/summary.json $(RUN)/bert/summary.json

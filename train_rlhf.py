@@ -36,7 +36,7 @@ from nanokl.comparisons import (
 )
 from nanokl.evaluation import Stage, compare, load_gpt, pretrained, prompt_docs
 from nanokl.gpt import GPT
-from nanokl.posterior import Ruler, brief, whole_account
+from nanokl.posterior import Ruler, brief, check_samples, whole_account
 from nanokl.tokenizer import Tokenizer
 
 
@@ -75,7 +75,7 @@ class RewardFlags(Flags, ppo.SamplingConfig):
     word_dropout: float = 0.1  # share of tokens hidden by [MASK]
     ngram_dropout: float = 0.6  # share of n-grams hidden
     members: int = 1  # reward models in one, each with comparisons of its own
-    raters: Literal["all", "first", "second"] = "all"  # or half of each training snippet's ratings
+    raters: Literal["all", "first", "second"] = "all"  # or half of each text's ratings
     warmup: int = 20  # steps of linear warm-up
     decay: float = 0.8  # last part of the run in which the rate falls linearly to 0
     eval_every: int = 50  # steps between passes over the validation pairs
@@ -121,9 +121,8 @@ class PPOFlags(Flags, trainers.TrainerConfig):
                          "posterior_prompts")
         if not 0 <= self.beta < math.inf or self.n_eval < 2:
             raise UserError(f"beta is {self.beta}, n_eval {self.n_eval}: give at least 0 and 2")
-        if self.posterior_samples and (self.posterior_samples < 32 or self.posterior_samples % 32):
-            raise UserError(f"posterior_samples is {self.posterior_samples}: give a multiple of 32,"
-                            " or 0 to leave the posterior out")
+        if self.posterior_samples:
+            check_samples("posterior_samples", self.posterior_samples, ", or 0 to leave it out")
         if self.beta == 0 and self.kl_target is not None:
             raise UserError(f"beta is 0 and kl_target {self.kl_target}, which multiplies beta: "
                             "give a beta above 0 to start from, or no kl_target")

@@ -99,9 +99,9 @@ class Posterior:
             print(kl_table.table())
             return
         require_positive(self, "prompts")
-        if self.samples < 32 or self.samples % 32 or self.particles < 0:
-            raise UserError(f"samples is {self.samples}, particles {self.particles}: give a "
-                            "multiple of 32, and 0 or more")
+        posterior.check_samples("samples", self.samples)
+        if self.particles < 0:
+            raise UserError(f"particles is {self.particles}: give 0 or more")
         print(posterior.tell(self.run, prompts=self.prompts, samples=self.samples,
                              particles=self.particles, device=self.device, say=_progress))
 

@@ -2,11 +2,13 @@
 
 All start from the same random weights (a small GPT-2-shaped model whose next-token distributions
 are uneven), with the same rule as reward, the same beta and the same number of episodes, in
-batches of 64 with 4 epochs of updates on each, in float32, one seed a case. What is left is each
-one's own default, but for the learning rate, which was chosen for each among 3e-4, 1e-3, 3e-3 and
-1e-2 at a seed that is no case: `RATES`. nanokl lowers its rate as `train_rlhf.py ppo` does, TRL
-linearly to 0. PPOTrainer's critic is a second network, nanokl's two layers or ("shared critic") a
-head on the policy; RLOOTrainer has none and makes two responses a prompt.
+batches of 64 with 4 epochs of updates on each, in float32, one seed a case. The learning rate was
+chosen for each among 3e-4, 1e-3, 3e-3 and 1e-2 at a seed that is no case: `RATES`. nanokl lowers it
+as `train_rlhf.py ppo` does, TRL linearly to 0. What is left is TRL's own default, and nanokl's but
+for three: no shaping, which asks the reward for half a text and TRL has not, the lam .95 that goes
+with that, and a critic at the policy's rate and not at five times it. PPOTrainer's critic is a
+second network, nanokl's two layers or ("shared critic") a head on the policy; RLOOTrainer has none
+and makes two responses a prompt.
 
 The judge belongs to none of them. It reads the trained weights in GPT-2's layout, runs them and the
 first ones through `plain_logits` in float64, draws each token from the whole distribution by a full

@@ -16,7 +16,7 @@ from nanokl.runtime import Runtime, generator
 
 
 def load_judgements(flags) -> tuple[judgements.Judgements, ...]:
-    """The three splits; of training and validation maybe half the raters, of the test all."""
+    """The three splits; of training and validation maybe half of each text's ratings."""
     raters = {"train": flags.raters, "val": flags.raters, "test": "all"}
     return tuple(judgements.Judgements.load(flags.data, *which) for which in raters.items())
 

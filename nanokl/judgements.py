@@ -44,6 +44,7 @@ class Judgements:
         """Read one split of folder/judgements.jsonl; UserError when it is missing or broken.
 
         `raters`: all, or first or second, disjoint halves of each text's ratings (every second).
+        Raters are anonymous, so that one person may have given some of either half.
         """
         path = Path(folder) / "judgements.jsonl"
         if not path.is_file():

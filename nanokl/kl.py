@@ -27,7 +27,8 @@ from torch import Tensor
 
 from nanokl import UserError
 
-# (estimator, place, per): what it follows instead of, or as, the gradient of the KL
+MYOPIC = "wrong: myopic, blind to what a token costs later"
+# (estimator, place, per): what it follows instead of, or as, the gradient of the KL, at gamma 1
 MEANING = {
     ("k1", "reward", "token"): "right: a token pays for itself and what follows",
     ("k1", "reward", "sequence"): "right, noisier: pays for what came before, too",
@@ -35,8 +36,8 @@ MEANING = {
     ("exact", "both", "token"): "right: own step in the loss, later in the reward",
     ("k1", "loss", "token"): "wrong: 0 in the mean, nothing but noise",
     ("k1", "loss", "sequence"): "wrong: 0 in the mean, nothing but noise",
-    ("k2", "loss", "token"): "wrong: myopic, blind to what a token costs later",
-    ("exact", "loss", "token"): "wrong: myopic, blind to what a token costs later",
+    ("k2", "loss", "token"): MYOPIC,
+    ("exact", "loss", "token"): MYOPIC,
     ("k3", "loss", "token"): "wrong: myopic, and of KL(ref || policy)",
     ("k3", "loss", "sequence"): "wrong: of the other KL, KL(ref || policy)",
     ("k2", "reward", "token"): "wrong: not of the KL; near ref hardly any",
@@ -76,19 +77,13 @@ class KLConfig:
     def kl_in_loss(self) -> bool:
         return self.kl_place != "reward"
 
-    @property
-    def kl_placement(self) -> str:
-        """The choice and what it means, in words."""
+    def kl_in_words(self, gamma: float = 1.0) -> str:
+        """The choice and what it means at a discount, which takes from what the reward charges."""
+        meaning = MEANING[self.kl_choice]
+        if gamma < 1 and self.kl_place != "loss" and meaning.startswith("right"):
+            meaning = MYOPIC + (f", of which gamma {gamma:g} leaves a part" if gamma else "")
         place = {"both": "loss and reward"}.get(self.kl_place, self.kl_place)
-        return f"{self.kl_estimator} per {self.kl_per} in the {place} ({MEANING[self.kl_choice]})"
-
-    @property
-    def kl_warning(self) -> str | None:
-        """One line for who has chosen a wrong one."""
-        if MEANING[self.kl_choice].startswith("right"):
-            return None
-        return (f"warning: KL as {self.kl_placement}; right are k1 in the reward (the default), "
-                "k2 per sequence in the loss, exact in both")
+        return f"{self.kl_estimator} per {self.kl_per} in the {place} ({meaning})"
 
 
 def k1(logp: Tensor, logp_ref: Tensor) -> Tensor:

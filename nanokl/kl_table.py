@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nanokl import exact, ppo
-from nanokl.kl import MEANING, KLConfig, estimates, kl_loss, paid_in_reward
+from nanokl.kl import MEANING, MYOPIC, KLConfig, estimates, kl_loss, paid_in_reward
 
 
 @dataclass
@@ -81,8 +81,7 @@ def choices() -> list[tuple[str, KLConfig, float, str]]:
     rows = [("{:6}{:7}{}".format(*key),
              KLConfig(kl_estimator=key[0], kl_place=key[1], kl_per=key[2]), 1.0, meaning)
             for key, meaning in MEANING.items()]
-    myopic = MEANING["k2", "loss", "token"]  # k1 for the own step alone has the same gradient
-    return [*rows, ("k1    reward, --gamma 0", KLConfig(), 0.0, myopic)]
+    return [*rows, ("k1    reward, --gamma 0", KLConfig(), 0.0, MYOPIC)]  # for the own step alone
 
 
 def gradients(world: World) -> Tensor:

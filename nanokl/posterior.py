@@ -29,6 +29,12 @@ from nanokl.trainers import TrainerConfig
 SETS = 64  # sets of proposals that stand for all of them in SIR's law
 
 
+def check_samples(name: str, n: int, besides: str = "") -> None:
+    """UserError for a number of texts whose eighth, an evaluation's, is not of two even halves."""
+    if n < 32 or n % 32:
+        raise UserError(f"{name} is {n}: give a multiple of 32{besides}")
+
+
 class Ruler:
     """K texts of the reference for each of some prompts, kept: any number of policies to measure.
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from nanokl import UserError, ppo
-from nanokl.bayes import effective_sample_size, log_mean_exp
+from nanokl import UserError, bayes, ppo
 from nanokl.evaluation import Stage
 from nanokl.generate import Rollout
 from nanokl.gpt import GPT
@@ -112,28 +111,25 @@ def _draw_rows(stage: Stage, model: GPT, prompts: list[list[int]], u: Tensor,
     return join(parts), torch.cat(scores)
 
 
-# w = ref exp(score / beta) / q has the mean Z under q; q = share ref + (1 - share) policy keeps it
-# below exp(score / beta) / share wherever the policy does not go (Owen & Zhou 2000).
-def log_weights(target: Target, rollout: Rollout, score: Tensor, proposal: str,
-                share: float = 0.5) -> Tensor:
-    """log w (B,), float64, of texts from the proposal; `share` of a mixture's are the reference's.
-    """
-    logw, stage = score.double() / target.beta, target.stage
+# w = ref exp(score / beta) / q has the mean Z under q; half of the reference in q keeps it below
+# 2 exp(score / beta) wherever the policy does not go (Owen & Zhou 2000).
+def log_weights(target: Target, rollout: Rollout, score: Tensor, proposal: str) -> Tensor:
+    """log w (B,), float64, of texts from the proposal."""
+    score, stage = score.double(), target.stage
     if proposal == "ref":
-        return logw
+        return score / target.beta
     ref, policy = (log_probs(model, rollout, stage.config, stage.runtime)
                    for model in (stage.ref, target.policy))
-    if proposal == "mixture":
-        part = ref.new_tensor([share, 1 - share]).log()
-        policy = torch.logaddexp(ref + part[0], policy + part[1])
-    return logw + ref - policy
+    q = policy if proposal == "policy" else bayes.mixture(ref, policy)
+    return bayes.log_weights(score, ref, q, beta=target.beta)
 
 
 def propose(target: Target, prompts: list[list[int]], k: int, rng: torch.Generator, proposal: str,
             *, iid: bool = False) -> tuple[Rollout, Tensor, Tensor]:
     """k weighted texts a prompt: rollout and scores (P k,), grouped by prompt, and log w (P, k).
 
-    Of a mixture every second text is the policy's; `iid` tosses a coin for each instead.
+    Of a mixture every second text is the policy's, a coin has the last of an odd k; `iid` tosses
+    one for each. So half of the texts are the policy's on average, and the weights' mean is Z.
     """
     stage, n = target.stage, len(prompts) * k
     u = torch.rand(n, stage.config.max_new_tokens, generator=rng)
@@ -142,6 +138,8 @@ def propose(target: Target, prompts: list[list[int]], k: int, rng: torch.Generat
         from_ref[:] = proposal == "ref"
     elif iid:
         from_ref = torch.rand(n, generator=rng) < 0.5
+    elif k % 2:
+        from_ref[k - 1 :: k] = torch.rand(len(prompts), generator=rng) < 0.5
     parts, order = [], []
     for model, chosen in ((stage.ref, from_ref), (target.policy, ~from_ref)):
         rows = chosen.nonzero()[:, 0]
@@ -152,8 +150,7 @@ def propose(target: Target, prompts: list[list[int]], k: int, rng: torch.Generat
     back = torch.cat(order).argsort().to(stage.runtime.device)
     rollout = rows_of(join([r for r, _ in parts]), back)
     score = torch.cat([s for _, s in parts])[back]
-    share = 0.5 if iid else (k + 1) // 2 / k
-    return rollout, score, log_weights(target, rollout, score, proposal, share).view(-1, k)
+    return rollout, score, log_weights(target, rollout, score, proposal).view(-1, k)
 
 
 def kept(rollout: Rollout, score: Tensor, columns: Tensor, k: int, log_z: Tensor | None = None,
@@ -175,21 +172,20 @@ def rejection(target: Target, prompts: list[list[int]], n: int, rng: torch.Gener
     """
     check(target, prompts, n=n, trials=trials)
     stage, P, parts, used, k = target.stage, len(prompts), [], 0, max(n, 16)
+    most = r_max / target.beta  # of log w
     found, spent = torch.zeros(2, P, dtype=torch.int64, device=stage.runtime.device)
-    total = torch.zeros(P, dtype=torch.float64, device=found.device)  # of the probabilities
+    total = torch.zeros(P, dtype=torch.float64, device=found.device)  # of w over its bound
     while used < trials and len(going := (found < n).nonzero()[:, 0]):
         k = min(k, trials - used)
         wanted = [prompts[i] for i in going.tolist()]
         rollout, score = draw_texts(stage, stage.ref, wanted, k, rng, target.chunk)
-        if (top := score.max().item()) > r_max:
-            raise UserError(f"a text scores {top:.6g}, above r_max {r_max}: give a true bound")
-        p = ((score.double() - r_max) / target.beta).exp()
-        ok = torch.rand(len(p), generator=rng, dtype=torch.float64).to(p.device) < p
+        ok = bayes.accepted(score.cpu().double(), beta=target.beta, r_max=r_max, rng=rng)
+        ok, logw = ok.to(score.device), log_weights(target, rollout, score, "ref")
         owner, keep = going.repeat_interleave(k), ok.clone()
         keep[::k] = True  # a text for each prompt, to stand where none is found
         parts.append((rows_of(rollout, keep), score[keep], owner[keep], ok[keep]))
         found += torch.bincount(owner[ok], minlength=P)
-        total.index_add_(0, owner, p)
+        total.index_add_(0, owner, (logw - most).exp())
         spent[going] += k
         used, k = used + k, 2 * k
     if (found < n).any() and not partial:
@@ -198,7 +194,7 @@ def rejection(target: Target, prompts: list[list[int]], n: int, rng: torch.Gener
                         f"{trials} trials, one has {int(found[few])} (acceptance rate "
                         f"{(total / spent)[few].item():.2g}): raise trials or beta, lower r_max "
                         "if the reward allows it, or take partial=True")
-    return _first_accepted(parts, n, found, spent, total / spent, r_max / target.beta)
+    return _first_accepted(parts, n, found, spent, total / spent, most)
 
 
 def _first_accepted(parts: list[tuple], n: int, found: Tensor, spent: Tensor, rate: Tensor,
@@ -223,8 +219,8 @@ def sir(target: Target, prompts: list[list[int]], n: int, rng: torch.Generator, 
     check(target, prompts, proposal, n=n, m=m)
     rollout, score, logw = propose(target, prompts, m, rng, proposal)
     points = torch.rand(len(prompts), n, generator=rng, dtype=torch.float64).to(logw.device)
-    return kept(rollout, score, pick(logw, points), m, log_mean_exp(logw),
-                ess=effective_sample_size(logw))
+    return kept(rollout, score, pick(logw, points), m, bayes.log_mean_exp(logw),
+                ess=bayes.effective_sample_size(logw))
 
 
 # Go from y to a fresh proposal y' with probability min(1, w(y') / w(y)): pi* is stationary.
@@ -238,7 +234,7 @@ def imh(target: Target, prompts: list[list[int]], n: int, rng: torch.Generator, 
     check(target, prompts, proposal, n=n, steps=steps)
     P, S = len(prompts), steps + (start is None)
     rollout, score, logw = propose(target, prompts, n * S, rng, proposal, iid=True)
-    log_z, logw = log_mean_exp(logw), logw.view(P * n, S)
+    log_z, logw = bayes.log_mean_exp(logw), logw.view(P * n, S)
     rows = torch.arange(P * n * S, device=logw.device).view(P * n, S)
     if start is not None:
         first = log_weights(target, start.rollout, start.score, proposal)

@@ -19,7 +19,7 @@ preference labels, replay.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -28,8 +28,18 @@ from torch import Tensor
 from nanokl import UserError, ppo
 from nanokl.generate import Rollout
 from nanokl.gpt import GPT
+from nanokl.kl import MEANING, KLConfig, k3
 from nanokl.logprob import linear_logprob
 from nanokl.reward import bradley_terry
+
+# where each method but ppo charges the KL, by its own formula
+PLACEMENT = {
+    "rloo": "k1 per sequence in the reward, less the mean of the group's others (right)",
+    "grpo": f"k3 per token in the loss ({MEANING['k3', 'loss', 'token']})",
+    "dpo": "beta log policy/ref is the reward that learns; no price by itself (right)",
+    "dpg": "in the target, ref exp(score / beta) / Z; no price by itself (right)",
+    "sft": "in the weights exp(score / beta) of ref's samples; no price by itself (right)",
+}
 
 
 @dataclass(kw_only=True)
@@ -50,6 +60,25 @@ class TrainerConfig(ppo.PPOConfig):
         if self.minibatch % self.group:
             raise UserError(f"minibatch is {self.minibatch}: give a multiple of group, "
                             f"{self.group}, whose samples stay together")
+        given = [f"{f.name} {x}" for f in fields(KLConfig) if (x := getattr(self, f.name))
+                 != f.default]
+        if given and self.method != "ppo":
+            raise UserError(f"{', '.join(given)}: only ppo heeds --kl_estimator, --kl_place and "
+                            f"--kl_per, {self.method} charges the KL by its own formula: leave "
+                            "them out, or choose --method ppo")
+
+    @property
+    def kl_placement(self) -> str:
+        """Where the method charges the KL, and what it follows there."""
+        return PLACEMENT.get(self.method) or self.kl_in_words(self.gamma)
+
+    @property
+    def kl_warning(self) -> str | None:
+        """One line for who has chosen a wrong one."""
+        if "(wrong" not in self.kl_placement:
+            return None
+        return (f"warning: KL as {self.kl_placement}; right are, at gamma 1, k1 in the reward "
+                "(ppo's default, and rloo), k2 per sequence in the loss, exact in both")
 
 
 # R_i = score_i - beta (log pi - log ref)(y_i);  adv_i = R_i - mean of the other R of its group.
@@ -88,8 +117,8 @@ def sir_weight(score: Tensor, *, beta: float) -> Tensor:
     return score.shape[1] * (score / beta).softmax(1)
 
 
-# mean over responses of 1/n sum_t [-min(rho adv, clip(rho) adv) + beta k3_t],  n their tokens,
-# k3 = ref/pi - 1 - log ref/pi.  arXiv:2402.03300 eq. 3 and 4.
+# mean over responses of 1/n sum_t [-min(rho adv, clip(rho) adv) + beta k3_t],  n their tokens.
+# arXiv:2402.03300 eq. 3 and 4.
 def grpo_loss(logp: Tensor, logp_old: Tensor, logp_ref: Tensor, adv: Tensor, mask: Tensor, *,
               clip: float, beta: float) -> tuple[Tensor, dict]:
     """The published loss, whose fixed point is not pi*, in three ways.
@@ -100,18 +129,22 @@ def grpo_loss(logp: Tensor, logp_old: Tensor, logp_ref: Tensor, adv: Tensor, mas
     """
     share = mask.sum() / (len(mask) * mask.sum(1, keepdim=True))  # of mean over tokens -> responses
     loss, info = ppo.policy_loss(logp, logp_old, adv * share, mask, clip=clip)
-    d = (logp_ref - logp) * mask
-    return loss + beta * ppo.masked_mean((d.exp() - 1 - d) * share, mask), info
+    nats = k3(logp * mask, logp_ref * mask)
+    return loss + beta * ppo.masked_mean(nats * share, mask), info
 
 
 # L = -mean over pairs of p log sigma(beta D) + (1 - p) log sigma(-beta D),
 # D = log_ratio_i - log_ratio_j, p = sigma(score_i - score_j).  Rafailov et al. arXiv:2305.18290
-# eq. 7, with the label's mean in the place of a drawn one: the same minimum with less noise. There
-# beta D = score_i - score_j, so log pi/ref = score / beta + constant, whatever law the pairs have.
+# eq. 7, with the label's mean in the place of a drawn one: the same minimum with less noise.
+# A pair's term is a cross-entropy, least where sigma(beta D) = p, at beta D = score_i - score_j.
+# All pairs are there at once, whatever law they have, if log pi/ref = score / beta + c, and since
+# pi sums to 1, c = -log Z: pi is pi*. Labels by the reward model's own odds, which are those before
+# it was normalised, sigma((score_i - score_j) / gain), would lead to pi* of the price gain beta.
 def dpo_loss(log_ratio: Tensor, score: Tensor, *, beta: float) -> Tensor:
     """Nats per pair (both orders) of all pairs within groups (G, K): a reward model's own loss.
 
     What learns here is the implicit reward beta log_ratio; E_ref exp(implicit / beta) = 1 always.
+    Least at pi*: the labels are soft, Bradley-Terry's odds of the scores as they are.
     """
     label = torch.sigmoid(score[:, :, None] - score[:, None])  # (G, K, K)
     pairs = ~torch.eye(score.shape[1], dtype=torch.bool, device=score.device)

@@ -31,9 +31,21 @@ from test_ppo import (
 from nanokl import UserError, kl_table
 from nanokl.exact import joint
 from nanokl.exact import kl as exact_kl
-from nanokl.kl import MEANING, KLConfig, at_last, estimates, k1, k2, k3, kl_loss, paid_in_reward
-from nanokl.ppo import PPOConfig, collect, make_policy, minibatch_loss, sample_rollouts
+from nanokl.kl import (
+    MEANING,
+    MYOPIC,
+    KLConfig,
+    at_last,
+    estimates,
+    k1,
+    k2,
+    k3,
+    kl_loss,
+    paid_in_reward,
+)
+from nanokl.ppo import collect, make_policy, minibatch_loss, sample_rollouts
 from nanokl.runtime import generator
+from nanokl.trainers import TrainerConfig
 
 TREES = [(4, 3, 0), (2, 5, 1), (5, 2, 2), (3, 1, 3)]  # V, T, seed
 RIGHT = [("k1", "reward", "token"), ("k1", "reward", "sequence"), ("k2", "loss", "sequence"),
@@ -326,7 +338,7 @@ def test_every_choice_is_possible_or_a_one_line_error():
     for choice in itertools.product(("k1", "k2", "k3", "exact"), ("reward", "loss", "both"),
                                     ("token", "sequence")):  # fmt: skip
         try:
-            how = PPOConfig(**flags(choice))
+            how = TrainerConfig(**flags(choice))
         except UserError as error:
             says = "no exact KL" if choice[0] == "exact" else "charged twice"
             assert says in str(error) and "choose" in str(error) and "\n" not in str(error)
@@ -337,9 +349,42 @@ def test_every_choice_is_possible_or_a_one_line_error():
         warning = how.kl_warning or ""
         assert "\n" not in warning and (not warning or MEANING[choice] in warning)
     assert possible == set(MEANING) and len(WRONG) == 11
-    assert PPOConfig().kl_choice == RIGHT[0]
+    assert TrainerConfig().kl_choice == RIGHT[0]
     with pytest.raises(UserError, match="cannot be k4 reward token: choose one of k1 reward token"):
         KLConfig(kl_estimator="k4")
+
+
+@pytest.mark.parametrize("choice", MEANING, ids=" ".join)
+def test_what_is_said_below_gamma_1_is_so(choice):
+    """On the tree a choice is right exactly if it is said to be, and at gamma 0 as said."""
+    world = kl_table.make_world()
+    true = world.gradient(world.kl())
+    for gamma in (1.0, 0.9, 0.0):
+        how = TrainerConfig(**flags(choice), gamma=gamma)
+        off = (of(world, *choice, gamma=gamma) - true).norm() / true.norm()
+        assert (off < 1e-10) == ("(right" in how.kl_placement) == (how.kl_warning is None)
+        assert off < 1e-10 or off > 1e-3
+        if gamma == 0 and choice in RIGHT and choice[1] != "loss":
+            assert how.kl_placement.endswith(f"({MYOPIC})") and MYOPIC in how.kl_warning
+    rows = {name: (how, gamma, meaning) for name, how, gamma, meaning in kl_table.choices()}
+    how, gamma, meaning = rows["k1    reward, --gamma 0"]
+    assert TrainerConfig(**vars(how), gamma=gamma).kl_placement.endswith(f"({meaning})")
+
+
+def test_the_other_methods_charge_it_by_their_own_formula():
+    """They say which, GRPO with a warning, and refuse the flags that they do not heed."""
+    said = {name: TrainerConfig(method=name) for name in ("rloo", "grpo", "dpo", "dpg", "sft")}
+    assert len({how.kl_placement for how in said.values()}) == 5
+    for method, how in said.items():
+        assert how.kl_placement != TrainerConfig().kl_placement
+        assert (how.kl_warning is None) == (method != "grpo") == ("(right)" in how.kl_placement)
+        for name, value in (("estimator", "k2"), ("place", "loss"), ("per", "sequence")):
+            with pytest.raises(UserError, match=f"kl_{name} {value}: only ppo heeds") as error:
+                TrainerConfig(method=method, **{f"kl_{name}": value})
+            assert f"{method} charges" in str(error.value) and "\n" not in str(error.value)
+    assert said["grpo"].kl_placement == TrainerConfig(
+        kl_estimator="k3", kl_place="loss").kl_placement
+    assert said["grpo"].kl_warning.startswith("warning: KL as k3 per token in the loss (wrong")
 
 
 def test_the_readme_shows_the_table():

@@ -24,6 +24,7 @@ from test_corpus import fake_files, fake_sdist
 from nanokl import checkpoint, data, kl_table, throughput
 from nanokl.gpt import GPT
 from nanokl.tokenizer import Tokenizer
+from nanokl.trainers import PLACEMENT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 WIDTH = "--n_layer 1 --n_embd 32 --n_head 2"
@@ -280,7 +281,7 @@ def test_a_wrong_placement_says_so(python, demo, tmp_path):
     done = python.ok(*stage("ppo", tmp_path / "wrong", *wrong))
     assert done.err.count("\n") == 1
     assert done.err.startswith("warning: KL as k3 per token in the loss (wrong: myopic")
-    assert "KL(ref || policy)" in done.err and "right are k1 in the reward" in done.err
+    assert "KL(ref || policy)" in done.err and "right are, at gamma 1, k1 in the" in done.err
     named = read(tmp_path / "wrong" / "summary.json")["kl_placement"]
     assert named.startswith("k3 per token in the loss (wrong: myopic")
     assert all("kl_loss" in row for row in rows(tmp_path / "wrong"))
@@ -288,6 +289,13 @@ def test_a_wrong_placement_says_so(python, demo, tmp_path):
     assert "warning" not in python.ok(*stage("ppo", tmp_path / "right", *right)).err
     assert read(tmp_path / "right" / "summary.json")["kl_placement"].startswith("exact per token")
     assert read(demo / "ppo" / "summary.json")["kl_placement"].startswith("k1 per token in the re")
+    done = python.ok(*stage("ppo", tmp_path / "myopic", "--gamma", 0, "--shaping", 0))
+    says = "k1 per token in the reward (wrong: myopic, blind to what a token costs later)"
+    assert done.err.startswith(f"warning: KL as {says}") and done.err.count("\n") == 1
+    assert read(tmp_path / "myopic" / "summary.json")["kl_placement"] == says
+    python.fails(*stage("ppo", tmp_path / "rloo", "--method", "rloo", *wrong),
+                 says=["kl_estimator k3, kl_place loss: only ppo heeds --kl_estimator", "rloo"])
+    assert not (tmp_path / "rloo").exists()
 
 
 @pytest.mark.parametrize("command", [
@@ -414,6 +422,8 @@ RESUMED = {
                                      "--lr", 1e-2]),
     "ppo, sft": (signal.SIGINT, 130, 3, ["--method", "sft", "--group", 4, "--steps", 10,
                                          "--kl_target", 0.01, "--lr", 1e-2]),
+    "ppo, gold": (signal.SIGTERM, 143, 3, ["--gold", "runs/demo/reward", "--steps", 10,
+                                           "--kl_target", 0.01, "--lr", 1e-2]),
 }  # fmt: skip
 
 
@@ -515,8 +525,11 @@ def test_a_compiled_run_has_the_same_losses(python, demo, tmp_path):
 # ------------------------------------------------------------------------------- other trainers
 @pytest.mark.parametrize("method", ["rloo", "grpo", "dpo", "dpg", "sft"])
 def test_another_method_in_the_same_program(python, demo, tmp_path, method):
-    python.ok(*stage("ppo", tmp_path / "ppo", "--method", method, "--group", 4, "--lr", 1e-2))
+    words = stage("ppo", tmp_path / "ppo", "--method", method, "--group", 4, "--lr", 1e-2)
+    warning = python.ok(*words).err
     summary = read(tmp_path / "ppo" / "summary.json")
+    assert summary["kl_placement"] == PLACEMENT[method]
+    assert warning.startswith("warning: KL as k3 per token") if method == "grpo" else not warning
     assert summary.keys() == read(demo / "ppo" / "summary.json").keys()
     assert (summary["method"], summary["episodes"], summary["collapsed"]) == (method, 32, False)
     assert summary["first_ratio_max_deviation"] == summary["kl_at_step_0"] == 0
@@ -525,6 +538,36 @@ def test_another_method_in_the_same_program(python, demo, tmp_path, method):
     assert not any(key.startswith("critic.") for key in made) and not made["value.weight"].any()
     assert [row["step"] for row in rows(tmp_path / "ppo")] == [1, 2]
     python.ok("-m", "nanokl", "report", tmp_path)
+
+
+# ------------------------------------------------------------------------------ a gold reward
+@pytest.mark.parametrize("method", ["ppo", "sft"])
+def test_gold_only_watches(python, demo, tmp_path, method):
+    """The reward as its own gold has its numbers, on the policy's texts, and moves no weight."""
+    words = ["--method", method, "--group", 4, "--lr", 1e-2]
+    python.ok(*stage("ppo", tmp_path / "plain", *words))
+    python.ok(*stage("ppo", tmp_path / "gold", *words, "--gold", "runs/demo/reward"))
+    watched, plain = rows(tmp_path / "gold"), rows(tmp_path / "plain")
+    for row in (*watched, read(tmp_path / "gold" / "summary.json")):
+        assert row["gold_mean"] == pytest.approx(row["reward_mean"], abs=1e-6)
+        assert row.pop("gold_mean_se") > 0 and row.pop("gold_mean") != 0
+    assert watched == plain and "gold_mean" not in read(tmp_path / "plain" / "summary.json")
+    assert equal(weights(tmp_path / "gold" / "last"), weights(tmp_path / "plain" / "last"))
+
+
+def test_reward_models_of_both_halves_of_the_ratings(python, demo, tmp_path):
+    """Others than each other and that of all, on one test; one trains, the other watches."""
+    halves = [tmp_path / "first", tmp_path / "second"]
+    for out in halves:
+        python.ok(*stage("reward", out, "--raters", out.name))
+    losses = {rows(out)[0]["loss_nats_per_pair"] for out in (*halves, demo / "reward")}
+    ceilings = {read(out / "summary.json")["human_ceiling"] for out in (*halves, demo / "reward")}
+    assert len(losses) == 3 and len(ceilings) == 1
+    python.ok(*stage("ppo", tmp_path / "ppo", "--reward", halves[0], "--gold", halves[1]))
+    python.ok(*stage("ppo", tmp_path / "alone", "--reward", halves[1], "--steps", 1))
+    watched, alone = (rows(tmp_path / name)[0] for name in ("ppo", "alone"))
+    assert watched["gold_mean"] == pytest.approx(alone["reward_mean"], abs=1e-6)
+    assert abs(watched["gold_mean"] - watched["reward_mean"]) > 1e-4
 
 
 def test_a_price_of_nothing_is_warned_of(python, demo, tmp_path):
@@ -618,6 +661,7 @@ BAD_FLAGS = {
         ("--policy", "runs/demo/bert", ["BERT", "GPT"]),
         ("--max_new_tokens", 99, ["99", "context of 48"]),
         ("--domains", "movie,poems", ["poems", "movie"]),
+        ("--raters", "third", ["third", "second"]),
     ],
     "ppo": [
         ("--lr", 0, ["lr is 0"]), ("--max_new_tokens", 60, ["60", "context of 48"]),
@@ -638,6 +682,8 @@ BAD_FLAGS = {
         ("--reward", "train_rlhf.py", ["FILE.py:FUNCTION"]),
         ("--method", "trpo", ["trpo", "rloo", "sft"]), ("--group", 0, ["group is 0"]),
         ("--group", 3, ["minibatch is 8", "multiple of group, 3"]),
+        ("--gold", "runs/none", ["runs/none"]), ("--gold", "runs/demo/gpt", ["GPT", "RewardModel"]),
+        ("--posterior_samples", 33, ["posterior_samples is 33", "multiple of 32, or 0"]),
     ],
 }  # fmt: skip
 

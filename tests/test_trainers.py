@@ -119,6 +119,14 @@ def test_grpo_loss_equals_a_loop(double):
     assert got.item() == pytest.approx(total, rel=1e-10)
 
 
+def test_grpo_loss_has_digits_near_the_reference():
+    """exp(d) - 1 - d itself would be off by a tenth in float32."""
+    d = torch.tensor([[1e-3, -1e-3]])
+    nothing, mask = torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
+    loss, _ = grpo_loss(nothing, nothing, d, nothing, mask, clip=0.2, beta=1.0)
+    assert loss.item() == pytest.approx(5e-7, rel=1e-3)
+
+
 def test_dpo_loss_equals_a_loop_over_pairs():
     log_ratio, score, losses = randn(2, 4), randn(2, 4, seed=1), []
     for g in range(2):
@@ -365,16 +373,17 @@ def start(method: str, *, beta=0.7, steps=60, lr=7e-3, **flags) -> Stage:
     return Stage(config, CPU, Tokens(), make_gpt(5, 16), by_table, 0)
 
 
-def train(stage: Stage) -> GPT:
-    """The steps of train_rlhf.py, with one prompt, and a rate that falls to 0."""
+def train(stage: Stage, decay: float = 0.8) -> GPT:
+    """The steps of train_rlhf.py, with one prompt, and a rate that falls to 0 at the end."""
     flags = stage.config
     critic = flags.method == "ppo"
     policy = ppo.make_policy(stage.ref, critic_layers=int(critic))
     policy.value.requires_grad_(critic)
     optimizers = optim.make_optimizers(policy, lr=flags.lr, muon_lr=flags.muon_lr,
-                                       betas=(0.9, 0.95), weight_decay=0.0)
+                                       betas=(0.9, 0.95), weight_decay=0.0,
+                                       speed=dict.fromkeys(("critic.", "value."), flags.critic_lr))
     for step in range(1, flags.steps + 1):
-        optim.set_lr(optimizers, optim.lr_scale(step - 1, flags.steps, warmup=2, decay=0.8))
+        optim.set_lr(optimizers, optim.lr_scale(step - 1, flags.steps, warmup=2, decay=decay))
         row = train_rlhf.ppo_batch(stage, policy, policy, optimizers, [[1, 1]], step, flags.beta)
         assert row["first_ratio_max_deviation"] == 0
         assert step > 1 or row["kl_nats_per_sequence"] == 0
@@ -388,8 +397,8 @@ def gap(policy, stage: Stage) -> float:
 # Method, flags and the gap that it must get below. With seeds 0 to 2 it was at most: ppo .011,
 # rloo .018, dpo .020, dpg .023, sft .025.
 RUNS = {
-    "ppo": ({"batch": 1024, "minibatch": 256, "steps": 80, "lr": 5e-3, "lam": 1.0, "clip": 0.1},
-            0.02),
+    "ppo": ({"batch": 1024, "minibatch": 256, "steps": 80, "lr": 5e-3, "lam": 1.0, "clip": 0.1,
+             "shaping": 0, "critic_lr": 1.0}, 0.02),
     "dpo": ({}, 0.04),
     "dpg": ({}, 0.05),
     "sft": ({"batch": 1024, "minibatch": 512, "group": 512, "n_epoch": 4, "steps": 40,
@@ -411,6 +420,19 @@ def test_training_reaches_the_posterior(method):
         log_post, log_z = exact.posterior(log_ref, TABLE, 0.7)
         error = exact.expectation(log_post, (implicit - TABLE + 0.7 * log_z).abs())
         assert error < 0.15 < exact.expectation(log_post, (TABLE - 0.7 * log_z).abs())
+
+
+def test_ppo_as_the_program_has_it_reaches_the_posterior():
+    """Its own settings, with a rate that falls over half of the run: from 1.35 nats to below .02.
+
+    80 batches of 1,024 take 8 seconds of one core. With seeds 0 to 4 the gap was .011 to .015. A
+    critic that errs biases lam < 1; that cannot be seen here: at lam 1 and 0 it was .013 and .014.
+    """
+    stage = start("ppo", batch=1024, minibatch=256, steps=80, lr=5e-3)
+    flags = stage.config
+    assert (flags.lam, flags.shaping, flags.critic_lr, flags.clip) == (0.7, 1, 5.0, 0.2)
+    assert gap(stage.ref, stage) > 1.3
+    assert 0 < gap(train(stage, decay=0.5), stage) < 0.02
 
 
 def test_rloo_reaches_the_posterior_and_grpo_does_not():
