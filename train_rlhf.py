@@ -104,7 +104,7 @@ class PPOFlags(Flags, trainers.TrainerConfig):
     muon_lr: float = 2e-4
     weight_decay: float = 0.0
     lam: float = 0.7  # GAE; small, since shaping leaves little for later tokens to say
-    shaping: int = 1  # after how many tokens the text so far is scored, for credit; 0: at its end
+    shaping: bool = True  # each token is paid by what it adds to the guess of the text's score
     critic_lr: float = 5.0  # the critic's own rates, times lr and muon_lr
     beta: float = 0.1  # price of one nat of KL, in units of the reward
     kl_target: float | None = None  # nats per sequence: adapts beta (Ziegler et al.)
@@ -277,7 +277,8 @@ def train_ppo(flags: PPOFlags) -> None:
     ref = load_gpt(flags, tokenizer, runtime).requires_grad_(False)
     function = reward.load_reward(flags.reward, runtime)
     gold = reward.load_reward(flags.gold, runtime) if flags.gold else None
-    stage = Stage(flags, runtime, tokenizer, ref, function, flags.seed, gold)
+    guess = reward.load_reward(flags.reward, runtime, guess=True) if flags.shaping else None
+    stage = Stage(flags, runtime, tokenizer, ref, function, flags.seed, gold, guess)
     docs, held_out = (prompt_docs(flags.data, split, flags.domains, tokenizer)
                       for split in ("train", "val"))
     for texts in (docs, held_out):  # a split that has no prompts shows at once

@@ -61,6 +61,7 @@ class Stage:
     reward: RewardFunction
     seed: int
     gold: RewardFunction | None = None  # what no policy is trained on
+    guess: RewardFunction | None = None  # the score of a text that is not done, for shaping
 
     def prompts(self, docs, n: int, rng) -> list[list[int]]:
         stop = self.tokenizer.special("<|endoftext|>")
@@ -82,8 +83,7 @@ class Stage:
 
     def shares(self, rollout, score: Tensor) -> Tensor:
         """Each token's share of the score, (B, T-1)."""
-        return score_shares(self.reward, rollout, score, self.tokenizer, self.runtime,
-                            every=self.config.shaping)
+        return score_shares(self.guess, rollout, score, self.tokenizer, self.runtime)
 
     def minibatches(self, n: int, rng, group: int = 1) -> list[Tensor]:
         """A shuffled epoch of row numbers, groups of rows side by side kept whole.

@@ -144,7 +144,8 @@ def open_run(folder: Path, device: str = "auto") -> tuple[Stage, GPT, list[list[
     tokenizer = Tokenizer.load(data)
     ref = load_gpt(config, tokenizer, runtime).requires_grad_(False)
     policy = GPT.from_pretrained(checkpoint.resolve(folder), dropout=0.0).to(runtime.device).eval()
-    stage = Stage(config, runtime, tokenizer, ref, load_reward(reward, runtime), seed)
+    score, guess = (load_reward(reward, runtime, guess=x) for x in (False, True))
+    stage = Stage(config, runtime, tokenizer, ref, score, seed, guess=guess)
     return stage, policy, prompt_docs(data, "val", config.domains, tokenizer), beta
 
 
@@ -188,14 +189,14 @@ def _least(x: float, trusted: bool) -> str:
     return f"{x:.2f}" if trusted else f">= {x:.2f} (unreliable)"
 
 
-# psi(s) = exp((score(s) + v(s)) / beta): with shaping the critic's v is what is still to come.
+# psi(s) = exp((Phi(s) + v(s)) / beta): with shaping the critic has only the rest to learn.
 def shaped_twist(stage: Stage, policy: GPT, beta: float):
     """The twist of a policy that was trained with shaping; None, the critic's own, for others."""
     if not stage.config.shaping:
         return None
 
     def twist(idx: torch.Tensor) -> torch.Tensor:
-        score = ppo.score_ids(stage.reward, idx.tolist(), stage.tokenizer).to(idx.device)
+        score = ppo.score_ids(stage.guess, idx.tolist(), stage.tokenizer).to(idx.device)
         with stage.runtime.autocast():
             value = policy.values(idx, policy(idx))[:, -1].float()
         return (score + value).double() / beta

@@ -47,7 +47,7 @@ class PPOConfig(SamplingConfig, KLConfig):
     max_grad_norm: float = 1.0  # gradient clipping
     critic_layers: int = 2  # of the critic's own trunk, at most the policy's; 0: it shares that one
     critic_lr: float = 1.0  # the critic's own rates, times lr and muon_lr
-    shaping: int = 0  # after how many tokens the text so far is scored, for credit; 0: at its end
+    shaping: bool = False  # each token is paid by what it adds to the guess of the text's score
 
     def __post_init__(self):
         SamplingConfig.__post_init__(self)
@@ -59,9 +59,8 @@ class PPOConfig(SamplingConfig, KLConfig):
                 raise UserError(f"{name} is {getattr(self, name)}: give 0 to 1")
         if not 0 <= self.value_coef < float("inf"):
             raise UserError(f"value_coef is {self.value_coef}: give 0 or more")
-        if self.shaping < 0 or (self.shaping and self.gamma != 1):
-            raise UserError(f"shaping is {self.shaping}, gamma {self.gamma}: give a number of "
-                            "tokens, 1 or more, at gamma 1, or 0 for none")
+        if self.shaping and self.gamma != 1:
+            raise UserError(f"gamma is {self.gamma}: shaping needs 1; give --no-shaping")
 
 
 @dataclass

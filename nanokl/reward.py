@@ -168,6 +168,23 @@ class RewardModel(nn.Module):
         return self.gain.cpu() * score + self.bias.cpu()
 
     @torch.no_grad()
+    def guess_texts(self, tokenizer: Tokenizer, texts: Sequence[str], domain=0,
+                    batch: int = 1024) -> Tensor:
+        """About `score_texts`, (N,) on the CPU, by the n-grams alone, as if the encoder agreed.
+
+        Much the faster of the two, for texts that are not done: shaping asks after every token.
+        """
+        domain, parts = torch.as_tensor(domain).expand(len(texts)), []
+        for i in range(0, len(texts), batch):
+            few, at = texts[i : i + batch], domain[i : i + batch]
+            block_size = self.config.trunk_config["block_size"]
+            idx, mask = text_batch(tokenizer, few, block_size=block_size)
+            grams = [x.to(self.gain.device) for x in (*ngrams(few, idx, mask, at.tolist()), at)]
+            parts.append(sum(member.linear(*grams) for member in self.members))
+        mean = torch.cat(parts) / len(self.members)
+        return (self.gain * self.v.sum() * mean + self.bias).cpu()
+
+    @torch.no_grad()
     def margins_of(self, tokenizer: Tokenizer, texts: Sequence[str], domain=0,
                    batch: int = 256) -> Tensor:
         """Margins (N, 2) on the CPU, in eval mode, batched by length, long texts cut.
@@ -256,8 +273,11 @@ def load_trunk(folder: Path, **overrides) -> nn.Module:
     return checkpoint.load(folder, TRUNKS[kind], **overrides)
 
 
-def load_reward(spec: str, runtime) -> RewardFunction:
-    """A reward run's model as a function of texts, or the function of FILE.py:NAME."""
+def load_reward(spec: str, runtime, *, guess: bool = False) -> RewardFunction:
+    """A reward run's model as a function of texts, or the function of FILE.py:NAME.
+
+    With `guess` the model's quick guess, `guess_texts`; a file's function has none but itself.
+    """
     if ".py:" in spec or spec.endswith(".py"):
         return load_function(spec)
     folder = checkpoint.resolve(spec)
@@ -266,6 +286,6 @@ def load_reward(spec: str, runtime) -> RewardFunction:
 
     def reward(ids: list[list[int]], texts: list[str]) -> Tensor:
         with runtime.autocast():
-            return model.score_texts(tokenizer, texts)
+            return (model.guess_texts if guess else model.score_texts)(tokenizer, texts)
 
     return reward

@@ -353,6 +353,23 @@ def test_save_and_load(cls, tmp_path):
     assert torch.equal(loaded.eval().score_texts(BYTES, TEXTS), score)
     reward = load_reward(str(tmp_path / "run"), CPU)  # as a function, from its run's folder
     assert torch.equal(check_scores(reward([[0]] * len(TEXTS), TEXTS), len(TEXTS)), score)
+    guess = load_reward(str(tmp_path / "run"), CPU, guess=True)
+    assert torch.equal(guess([[0]] * len(TEXTS), TEXTS), loaded.guess_texts(BYTES, TEXTS))
+
+
+def test_guess_is_the_score_of_an_encoder_that_agrees():
+    model = make_model(BERT, members=2)
+    with torch.no_grad():
+        for i, member in enumerate(model.members):
+            member.linear.weight.normal_(generator=torch.Generator().manual_seed(i))
+        model.v.copy_(torch.tensor([0.3, 0.9]))
+        model.gain.fill_(1.7)
+        model.bias.fill_(-0.4)
+    linear = model.margins_of(BYTES, TEXTS, DOMAINS)[:, 1]
+    for batch in (1, 1024):
+        guess = model.guess_texts(BYTES, TEXTS, DOMAINS, batch=batch)
+        torch.testing.assert_close(guess, 1.7 * (0.3 + 0.9) * linear - 0.4)
+    assert linear.std() > 0.1
 
 
 # -------------------------------------------------------------------------- functions of the user

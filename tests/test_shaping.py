@@ -37,18 +37,23 @@ def score_of(rollout: Rollout) -> torch.Tensor:
     return ppo.score_rollouts(reward, rollout, TOKENIZER, RUNTIME)
 
 
-@pytest.mark.parametrize("every", [1, 2, 3, 50])
-def test_shares_by_hand(every):
-    """Token by token with slices: a segment's last token has the change of the score over it."""
+def guess(ids, texts):
+    """Another function than the reward."""
+    return [0.3 * len(text) + 0.1 for text in texts]
+
+
+@pytest.mark.parametrize("potential", [reward, guess])
+def test_shares_by_hand(potential):
+    """Token by token with slices; the last token brings the score itself."""
     rollout = ragged()
-    shares = score_shares(reward, rollout, score_of(rollout), TOKENIZER, RUNTIME, every=every)
+    score = score_of(rollout)
+    shares = score_shares(potential, rollout, score, TOKENIZER, RUNTIME)
     expected = torch.zeros(8, 8)
     for i, (row, k) in enumerate(zip(rollout.rows(), rollout.n_prompt.tolist(), strict=True)):
-        before = ppo.score_ids(reward, [row[:k]], TOKENIZER).item()
-        for end in [*range(k + every, len(row), every), len(row)]:
-            now = ppo.score_ids(reward, [row[:end]], TOKENIZER).item()
+        for end in range(k + 1, len(row) + 1):
+            before, now = ppo.score_ids(potential, [row[: end - 1], row[:end]], TOKENIZER)
+            now = score[i] if end == len(row) else now
             expected[i, end - 2] = now - before  # column t is token t + 1
-            before = now
     torch.testing.assert_close(shares, expected)
     assert not shares[~rollout.mask].any()
 
@@ -57,8 +62,8 @@ def test_shares_add_up_to_the_score_less_the_prompts():
     rollout = ragged(1)
     score = score_of(rollout)
     prompts = [row[:k] for row, k in zip(rollout.rows(), rollout.n_prompt.tolist(), strict=True)]
-    shares = score_shares(reward, rollout, score, TOKENIZER, RUNTIME, every=1)
-    torch.testing.assert_close(shares.sum(1), score - ppo.score_ids(reward, prompts, TOKENIZER))
+    shares = score_shares(guess, rollout, score, TOKENIZER, RUNTIME)
+    torch.testing.assert_close(shares.sum(1), score - ppo.score_ids(guess, prompts, TOKENIZER))
 
 
 def test_shaping_leaves_the_policy_gradient_as_it_is():
@@ -91,23 +96,22 @@ def test_shaping_leaves_the_policy_gradient_as_it_is():
     p = exact.joint(policy).exp().detach()
     levels = exact.policy_values([x.detach() for x in policy], ref, r.double(), beta)[:-1]
     to_come = torch.stack([x.repeat_interleave(V**T // len(x)) for x in levels], dim=1)
-    so_far = torch.stack([ppo.score_ids(reward, idx[:, : t + 2].tolist(), TOKENIZER).double()
-                          for t in range(T)], dim=1)
-    true = {every: torch.nn.functional.pad(to_come - every * so_far, (1, 0)) for every in (0, 1)}
-    for every, lam in ((0, 1.0), (1, 1.0), (2, 1.0), (0, 0.7), (1, 0.7), (1, 0.0)):
-        paid = r.double() if not every else score_shares(
-            reward, rollout, r.double(), TOKENIZER, RUNTIME, every=every).double()
+    for potential in (None, reward, guess):
+        paid, promised = r.double(), torch.zeros(V**T, T)
+        if potential is not None:
+            paid = score_shares(potential, rollout, paid, TOKENIZER, RUNTIME).double()
+            promised = torch.stack([ppo.score_ids(potential, idx[:, : t + 2].tolist(), TOKENIZER)
+                                    for t in range(T)], dim=1)
+        true_critic = torch.nn.functional.pad(to_come - promised, (1, 0))
         rewards = ppo.kl_penalised_reward(logp.detach(), logp_ref, paid, rollout.mask, beta=beta)
-        value = true[every] if lam < 1 else torch.zeros_like(rewards)
-        adv, _ = ppo.gae(rewards, value, rollout.mask, gamma=1.0, lam=lam)
-        surrogate = (p[:, None] * adv * logp).sum()
-        ours = torch.autograd.grad(surrogate, logits, retain_graph=True)
-        for a, b in zip(ours, truth, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # scores are float32
+        for lam, value in ((1.0, torch.zeros_like(rewards)), (0.7, true_critic), (0, true_critic)):
+            adv, _ = ppo.gae(rewards, value, rollout.mask, gamma=1.0, lam=lam)
+            surrogate = (p[:, None] * adv * logp).sum()
+            ours = torch.autograd.grad(surrogate, logits, retain_graph=True)
+            for a, b in zip(ours, truth, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # scores are float32
 
 
 def test_shaping_is_for_gamma_1():
-    with pytest.raises(UserError, match="shaping is 1, gamma 0.9"):
-        ppo.PPOConfig(shaping=1, gamma=0.9)
-    with pytest.raises(UserError, match="shaping is -1"):
-        ppo.PPOConfig(shaping=-1)
+    with pytest.raises(UserError, match="gamma is 0.9: shaping needs 1"):
+        ppo.PPOConfig(shaping=True, gamma=0.9)

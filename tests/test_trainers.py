@@ -370,7 +370,7 @@ def start(method: str, *, beta=0.7, steps=60, lr=7e-3, **flags) -> Stage:
     config = train_rlhf.PPOFlags(
         data=Path(), out=Path(), policy=Path(), reward="", method=method, beta=beta, steps=steps,
         lr=lr, muon_lr=lr, min_prompt=1, max_prompt=1, max_new_tokens=3, n_eval=64, **flags)
-    return Stage(config, CPU, Tokens(), make_gpt(5, 16), by_table, 0)
+    return Stage(config, CPU, Tokens(), make_gpt(5, 16), by_table, 0, guess=by_table)
 
 
 def train(stage: Stage, decay: float = 0.8) -> GPT:
@@ -394,11 +394,8 @@ def gap(policy, stage: Stage) -> float:
     return exact.gap(exact_law(policy), exact_law(stage.ref), TABLE, stage.config.beta).item()
 
 
-# Method, flags and the gap that it must get below. With seeds 0 to 2 it was at most: ppo .011,
-# rloo .018, dpo .020, dpg .023, sft .025.
+# Method, flags and the gap that it must get below. With seeds 0 to 2 it was at most: rloo .018, dpo .020, dpg .023, sft .025.
 RUNS = {
-    "ppo": ({"batch": 1024, "minibatch": 256, "steps": 80, "lr": 5e-3, "lam": 1.0, "clip": 0.1,
-             "shaping": 0, "critic_lr": 1.0}, 0.02),
     "dpo": ({}, 0.04),
     "dpg": ({}, 0.05),
     "sft": ({"batch": 1024, "minibatch": 512, "group": 512, "n_epoch": 4, "steps": 40,
@@ -430,7 +427,7 @@ def test_ppo_as_the_program_has_it_reaches_the_posterior():
     """
     stage = start("ppo", batch=1024, minibatch=256, steps=80, lr=5e-3)
     flags = stage.config
-    assert (flags.lam, flags.shaping, flags.critic_lr, flags.clip) == (0.7, 1, 5.0, 0.2)
+    assert (flags.lam, flags.shaping, flags.critic_lr, flags.clip) == (0.7, True, 5.0, 0.2)
     assert gap(stage.ref, stage) > 1.3
     assert 0 < gap(train(stage, decay=0.5), stage) < 0.02
 
