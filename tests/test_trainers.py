@@ -394,7 +394,8 @@ def gap(policy, stage: Stage) -> float:
     return exact.gap(exact_law(policy), exact_law(stage.ref), TABLE, stage.config.beta).item()
 
 
-# Method, flags and the gap that it must get below. With seeds 0 to 2 it was at most: rloo .018, dpo .020, dpg .023, sft .025.
+# Method, flags and the gap that it must get below. With seeds 0 to 2 it was at most: rloo .018,
+# dpo .020, dpg .023, sft .025.
 RUNS = {
     "dpo": ({}, 0.04),
     "dpg": ({}, 0.05),
