@@ -100,10 +100,11 @@ class PPOFlags(Flags, trainers.TrainerConfig):
     gold: str | None = None  # another one that only watches: what the first was to stand for
     steps: int = 40  # batches of rollouts
     batch: int = 256  # episodes a batch, over all processes
-    lr: float = 2e-4
-    muon_lr: float = 2e-4
+    lr: float = 4e-4
+    muon_lr: float = 4e-4
     weight_decay: float = 0.0
-    lam: float = 0.7  # GAE; small, since shaping leaves little for later tokens to say
+    n_epoch: int = 1  # passes over each batch; fresh episodes are cheap here
+    lam: float = 0.5  # GAE; small, since shaping leaves little for later tokens to say
     shaping: bool = True  # each token is paid by what it adds to the guess of the text's score
     critic_lr: float = 5.0  # the critic's own rates, times lr and muon_lr
     beta: float = 0.1  # price of one nat of KL, in units of the reward
