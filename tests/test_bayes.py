@@ -354,7 +354,7 @@ def test_the_gate(s, m, trusted):
         assert abs(miss) < 0.05
         assert numbers["gap_nats"] == numbers["gap_nats_lower"]
         (line,) = (x for x in out.lines() if x.startswith("gap"))
-        assert "nats; upper " in line and "(pseudo-upper, not a bound)" in line
+        assert "; upper " in line and "(pseudo-upper, not a bound)" in line
     else:
         assert miss > 0.2 and "ESS" in out.doubts()[0]
         assert out.values["log_z_nats_pseudo_upper"].mean() < s**2 / 2  # not a bound
@@ -362,21 +362,57 @@ def test_the_gate(s, m, trusted):
                    ("gap_nats", "gap_reward", "bayes_fraction"))
         assert numbers["gap_nats_lower"] < (s - m) ** 2 / 2
         (line,) = (x for x in out.lines() if x.startswith("gap"))
-        assert line.startswith("gap             >= ") and "(unreliable: ESS " in line
+        assert line.startswith("gap, nats       >= ") and "(unreliable: ESS " in line
         assert " of 50" in line and "<=" not in line  # no pseudo-upper beside it
         (line,) = (x for x in out.lines() if x.startswith("Bayes fraction"))
         assert m == 0 or line.startswith(f"Bayes fraction  {'<=' if m > 0 else '>='} ")
 
 
 def test_each_reason_to_doubt_is_named_alone():
-    fine = {"ess_median": 50.0, "largest_share_median": 0.2, "halving_nats": 0.2}
+    fine = {"ess_median": 50.0, "ess_least": 10.0, "largest_share_median": 0.2, "halving_nats": 0.2}
     make_account = lambda n: bayes.Account(1.0, 8, {}, n)  # noqa: E731
     assert make_account(fine).doubts() == []
     for name, value, text in (("ess_median", 49.9, "ESS 49.9 of 50"),
+                              ("ess_least", 9.9, "one prompt's ESS 9.9 of 10"),
                               ("largest_share_median", 0.45, "largest weight 0.45, 0.2 allowed"),
                               ("halving_nats", 0.5, "halving 0.5 nats, 0.2 allowed")):
         assert make_account({**fine, name: value}).doubts() == [text]
         assert len(make_account({**fine, name: math.nan}).doubts()) == 1
+
+
+@pytest.mark.parametrize(("bad", "trusted"), [((5.0, 1.0), False), ((2.5, 1.0), True)])
+def test_the_gate_looks_at_the_worst_prompts(bad, trusted):
+    """Five good prompts and three bad: at s = 5 log Z is .4 nats low in the mean, at 2.5 hardly."""
+    good, poor = gaussian(2.0, 1.9, 5, 4096, rng(3)), gaussian(*bad, 3, 4096, rng(4))
+    out = account(*(joined(*x) for x in zip(good, poor, strict=True)), beta=1.0)
+    truth = (5 * 2.0**2 + 3 * bad[0] ** 2) / 16
+    miss, s = truth - out.values["log_z_nats_lower"].mean().item(), out.summary()
+    assert s["ess_median"] > 1000 and s["largest_share_median"] < 0.1 and s["halving_nats"] < 0.2
+    assert s["trusted"] == trusted
+    (line,) = (x for x in out.lines() if x.startswith("weights"))
+    assert f"texts, least {s['ess_least']:.3g}; largest" in line
+    if trusted:
+        assert abs(miss) < 0.1 and s["ess_least"] > 10
+    else:
+        assert miss > 0.3 and s["ess_least"] < 10
+        assert s["untrusted_because"] == [f"one prompt's ESS {s['ess_least']:.3g} of 10"]
+        assert s["gap_nats"] is None and s["bayes_fraction"] is None
+
+
+def test_what_is_told_of_a_summary():
+    """Plain where trusted; the fraction's sign follows from whether the policy is better."""
+    trusted = account(*gaussian(4.0, 3.5, 8, 2048, rng(2)), beta=1.0).summary()
+    gap, fraction = bayes.told(trusted)
+    assert gap == f"{trusted['gap_nats']:.2f} +- {trusted['gap_nats_se']:.2f}"
+    assert fraction == f"{trusted['bayes_fraction']:.2f} +- {trusted['bayes_fraction_se']:.2f}"
+    for m, sign, end in ((1.0, "<=", "upper"), (-1.0, ">=", "lower")):
+        s = account(*gaussian(4.0, m, 8, 2048, rng(2)), beta=1.0).summary()
+        gap, fraction = bayes.told(s)
+        name = f"bayes_fraction_{end}"
+        assert gap == f">= {s['gap_nats_lower']:.2f} +- {s['gap_nats_lower_se']:.2f} (unreliable)"
+        assert fraction == f"{sign} {s[name]:.2f} +- {s[f'{name}_se']:.2f} (unreliable)"
+    for nothing in ({}, account(*gaussian(1.0, 0.5, 2, 64, rng(2)), beta=0).summary()):
+        assert bayes.told(nothing) == ("–", "–")
 
 
 def test_the_bound_of_a_bounded_reward_stands_also_where_the_weights_do_not():
@@ -385,7 +421,7 @@ def test_the_bound_of_a_bounded_reward_stands_also_where_the_weights_do_not():
     assert out.upper_kind == "bound: 0% pinned on exact samples, the rest r_max / beta"
     near(out.values["log_z_nats_upper"], torch.full((8,), 40.0))
     (line,) = (x for x in out.lines() if x.startswith("gap"))
-    assert line.startswith("gap             >= ") and "(unreliable: ESS " in line
+    assert line.startswith("gap, nats       >= ") and "(unreliable: ESS " in line
     assert f", <= {out.summary()['gap_nats_upper']:.2f} +- " in line and "(bound: 0% " in line
     with pytest.raises(UserError, match="above r_max 3: give the reward's upper bound"):
         account(ref_half, policy_half, beta=1.0, r_max=3.0, rng=rng(0))
@@ -549,6 +585,7 @@ def test_the_account_against_loops():
     check("gap_nats_lower", [z - j / beta for z, j in zip(rows["mix"], rows["J"], strict=True)])
     check("gap_reward_upper", [beta * z - j for z, j in zip(rows["up"], rows["J"], strict=True)])
     near(s["ess_median"], statistics.median(rows["ess"]))
+    near(s["ess_least"], min(rows["ess"]))
     near(s["largest_share_median"], statistics.median(rows["share"]))
     near(s["halving_nats"], statistics.mean(rows["step"]))
     assert s["halving_nats"] > 0 and s["log_z_upper_kind"] == "pseudo-upper, not a bound"
@@ -575,7 +612,7 @@ def test_a_constant_reward_of_one_prompt_has_no_fraction_and_no_errors_that_are_
     assert s["gap_nats_se"] is None and s["bayes_fraction"] is None
     assert not any(isinstance(x, float) and not math.isfinite(x) for x in s.values())
     text = "\n".join(out.lines()).replace("-0", "0")
-    assert "gap             0.00 +- ? nats; upper 0.00 +- ? (pseudo" in text
+    assert "gap, nats       0.00 +- ?; upper 0.00 +- ? (pseudo" in text
     assert "Bayes fraction  ? +- ?" in text
 
 

@@ -11,12 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanokl import UserError, exact, frontier, posterior, ppo
+from nanokl import UserError, exact, frontier, metrics, posterior, ppo
 from nanokl.evaluation import Stage
 from nanokl.gpt import GPT
 from nanokl.runtime import Runtime, generator
 
 V, STOP, NEW, BETA = 5, 4, 3, 0.5
+BRIEF = ("gap_nats_lower", "gap_nats_upper", "bayes_fraction_lower", "bayes_fraction_upper",
+         "ess_median", "trusted")  # what an evaluation logs
 DOCS = [[0, 1, 2], [2, 3, 1], [1, 1, 0]]
 
 
@@ -74,7 +76,8 @@ def test_the_account_of_a_policy_is_the_exact_one():
     assert numbers["trusted"] and true["gap"] > 0.1
     assert numbers["most_reward_at_this_kl"] > numbers["reward_mean"] + 0.01
     assert numbers["best_of_n_at_this_kl"]["reward_mean"] < numbers["most_reward_at_this_kl"]
-    assert posterior.brief(account)["gap_nats"] == numbers["gap_nats"]
+    assert numbers["most_reward_trusted"] and numbers["best_of_n_at_this_kl"]["trusted"]
+    assert posterior.brief(account) == {name: numbers[name] for name in BRIEF}
 
 
 def test_the_frontier_passes_through_the_posterior():
@@ -83,8 +86,8 @@ def test_the_frontier_passes_through_the_posterior():
     true = truth(stage, policy, ruler.prompts)
     weighed = posterior.both(*ruler.halves(policy))
     points = frontier.frontier(*weighed, [BETA])
-    most = frontier.most_reward(*weighed, true["kl"], frontier.prices())
-    assert most == pytest.approx(true["reward"], abs=0.05)
+    most, trusted = frontier.most_reward(*weighed, true["kl"], frontier.prices())
+    assert trusted and most == pytest.approx(true["reward"], abs=0.05)
     assert points[0]["kl_nats"] == pytest.approx(true["kl"], abs=0.05)
     assert points[0]["reward_mean"] == pytest.approx(true["reward"], abs=0.05)
     assert points[0]["trusted"]
@@ -128,7 +131,7 @@ def test_beta_0_has_no_gap():
     stage, policy = make()
     account, numbers = posterior.whole_account(
         posterior.Ruler(stage, DOCS, prompts=2, samples=32), policy, 0.0)
-    assert posterior.brief(account) == {} and "gap_nats_lower" not in numbers
+    assert "gap_nats_lower" not in numbers
     assert {row["sampler"] for row in numbers["untrained"]} == {"best-of-n"}
     assert "infinite" in "\n".join(account.lines())
 
@@ -142,3 +145,74 @@ def test_a_folder_that_is_no_run(tmp_path, content):
         posterior.open_run(tmp_path)
 
 
+def test_an_evaluation_that_is_not_trusted_logs_its_ends_and_says_so(tmp_path, capsys):
+    """32 texts: both ends of gap and fraction, in the row and on the line, and no plain number."""
+    stage, policy = make()
+    account = posterior.Ruler(stage, DOCS, prompts=2, samples=32).account(policy, 0.1)
+    row = posterior.brief(account)
+    assert tuple(row) == BRIEF and row["trusted"] is False and None not in row.values()
+    with metrics.Log(tmp_path, total=9, unit="batch") as log:
+        log.event(3, **row)
+    (written,) = metrics.read_rows(tmp_path / "metrics.jsonl")
+    assert written["trusted"] is False and written["gap_nats_lower"] == row["gap_nats_lower"]
+    assert "trusted False" in capsys.readouterr().out
+
+
+def told(monkeypatch, folder, *, texts: int, prompts: int = 2, **change) -> tuple[str, list[str]]:
+    """What `tell` says of the policy above, as if a run had trained it, and on the way."""
+    stage, policy = make()
+    stage.config.method = "ppo"
+    monkeypatch.setattr(posterior, "open_run", lambda *_: (stage, policy, DOCS, BETA))
+    for name, value in change.items():
+        monkeypatch.setattr(posterior, name, value)
+    said = []
+    text = posterior.tell(folder, prompts=prompts, samples=texts, particles=16, say=said.append)
+    return text, said
+
+
+def test_what_has_been_measured_is_written_before_what_comes_next(tmp_path, monkeypatch):
+    """posterior.json is there while SMC draws, and has its row afterwards."""
+    def fails(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        told(monkeypatch, tmp_path, texts=32, by_critic=fails)
+    before = json.loads((tmp_path / "posterior.json").read_bytes())
+    assert before["prompts"] == 2 and before["untrained"][-1]["sampler"] != "SMC, at most"
+    monkeypatch.undo()
+    text, said = told(monkeypatch, tmp_path, texts=32)
+    after = json.loads((tmp_path / "posterior.json").read_bytes())
+    assert after.pop("untrained")[:-1] == before.pop("untrained") and after == before
+    assert "SMC, at most" in text
+    assert ["32 texts each" in said[0], "SMC of 16 particles" in said[1]] == [True, True]
+
+
+@pytest.mark.parametrize(("texts", "trusted"), [(32, False), (4096, True)])
+def test_the_most_reward_is_plain_where_it_is_trusted(tmp_path, monkeypatch, texts, trusted):
+    text, _ = told(monkeypatch, tmp_path, texts=texts, prompts=4)
+    numbers = json.loads((tmp_path / "posterior.json").read_bytes())
+    most, best = numbers["most_reward_at_this_kl"], numbers["best_of_n_at_this_kl"]
+    (line,) = (x for x in text.splitlines() if x.startswith("most reward  "))
+    assert numbers["most_reward_trusted"] == best["trusted"] == trusted
+    for x in (most, best["reward_mean"]):
+        assert (f">= {x:.2f} (unreliable)" in line) != trusted and f"{x:.2f}" in line
+
+
+@pytest.mark.parametrize(("summary", "beta"), [(None, 0.1), ({"beta": 0.37}, 0.37), ({}, 0.1)])
+def test_beta_is_what_the_run_ended_at(tmp_path, monkeypatch, summary, beta):
+    """With --kl_target that of summary.json; without a summary that of the flags."""
+    flags = {"data": "d", "policy": "p", "reward": "r", "beta": 0.1, "seed": 0}
+    (tmp_path / "flags.json").write_text(json.dumps(flags))
+    if summary is not None:
+        (tmp_path / "summary.json").write_text(json.dumps(summary))
+    stage, policy = make()
+    monkeypatch.setattr(posterior, "Tokenizer", SimpleNamespace(load=lambda _: stage.tokenizer))
+    monkeypatch.setattr(posterior, "load_gpt", lambda *_: stage.ref)
+    monkeypatch.setattr(posterior, "load_reward", lambda *_, **__: score)
+    monkeypatch.setattr(posterior, "prompt_docs", lambda *_: DOCS)
+    monkeypatch.setattr(posterior.checkpoint, "resolve", lambda folder: folder)
+    monkeypatch.setattr(posterior.GPT, "from_pretrained", lambda *_, **__: policy)
+    assert posterior.open_run(tmp_path, "cpu")[-1] == beta
+    (tmp_path / "summary.json").write_text("[1]")
+    with pytest.raises(UserError, match="give the folder of a run"):
+        posterior.open_run(tmp_path, "cpu")

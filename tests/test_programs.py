@@ -21,8 +21,10 @@ import torch
 from conftest import ROOT, Python, needs_compiler, wait_for_rows
 from test_corpus import fake_files, fake_sdist
 
+import train_rlhf
 from nanokl import checkpoint, data, kl_table, throughput
 from nanokl.gpt import GPT
+from nanokl.posterior import Ruler
 from nanokl.tokenizer import Tokenizer
 from nanokl.trainers import PLACEMENT
 
@@ -116,7 +118,7 @@ def stage(name: str, out, *more) -> list[str]:
     words = [*program.split(), "--data", "data/hutto", "--out", str(out), *inputs.split(),
              *SMALL[program].split(), *ON_CPU]  # fmt: skip
     for flag, value in zip(more[::2], more[1::2], strict=True):
-        words += [flag, str(value)]
+        words += [*flag.split(), str(value)]
     return words
 
 
@@ -246,16 +248,43 @@ def test_sample_fill_mask_score(python, demo):
     assert alone == scores[1:]
 
 
+def test_evaluations_have_one_ruler(python, demo, tmp_path, monkeypatch, untuned):
+    """The reference's texts are drawn once for all of them, and not at all where beta is 0."""
+    made = []
+    monkeypatch.setattr(train_rlhf, "Ruler", lambda *a, **k: made.append(k) or Ruler(*a, **k))
+    monkeypatch.chdir(python.cwd)
+    for beta, samples in ((0.1, [32, 256]), (0.0, [256])):
+        made.clear()
+        train_rlhf.train_ppo(train_rlhf.PPOFlags(
+            data=Path("data/hutto"), out=tmp_path / str(beta), policy=demo / "gpt", beta=beta,
+            reward=str(demo / "reward"), steps=4, batch=16, minibatch=8, n_eval=16, eval_every=1,
+            posterior_prompts=2, posterior_samples=256, device="cpu", dtype="float32"))
+        assert [x["samples"] for x in made] == samples
+        assert sum("trusted" in row for row in rows(tmp_path / str(beta))) == (3 if beta else 0)
+
+
 def test_the_posterior_of_a_run(python, demo):
     """Its evaluations and summary have the bracket; the command tells it again, in whole."""
-    python.ok(*stage("ppo", demo / "often", "--steps", 3, "--eval_every", 1))
-    brackets = [row["step"] for row in rows(demo / "often") if "gap_nats_lower" in row]
-    assert brackets == [1, 2]  # the last evaluation is the summary's
+    often = stage("ppo", demo / "often", "--steps", 3, "--eval_every", 1)
+    told = python.ok(*often).out
+    brackets = [row for row in rows(demo / "often") if "gap_nats_lower" in row]
+    assert [row["step"] for row in brackets] == [1, 2]  # the last evaluation is the summary's
+    for row in brackets:
+        assert row["gap_nats_lower"] <= row["gap_nats_upper"] and type(row["trusted"]) is bool
+        assert row["bayes_fraction_lower"] <= row["bayes_fraction_upper"] and row["ess_median"] > 1
+    assert "trusted False" in told or "trusted True" in told
+    again = [str(demo / "again") if x == str(demo / "often") else x for x in often]
+    python.signalled(signal.SIGINT, *again, rows=1)
+    (demo / "again" / "posterior.json").write_text("{}")  # of the policy so far
+    python.ok(*again, "--resume")
+    assert rows(demo / "again") == rows(demo / "often")  # the ruler, made anew, is the same
+    assert not (demo / "again" / "posterior.json").exists()
     known = read(demo / "ppo" / "summary.json")["posterior"]
     assert known["gap_nats_lower"] <= known["gap_nats_upper"] and known["texts_per_prompt"] == 128
     assert known["gap_reward_lower"] == pytest.approx(0.1 * known["gap_nats_lower"])
     words = shlex.split(f"-m nanokl posterior runs/demo/ppo {SMALL['-m nanokl posterior']}")
     done = python.ok(*words)
+    assert "drawing 32 texts" in done.err and "SMC of 8 particles" in done.err
     for text in ("log Z", "gap", "Bayes fraction", "best-of-n", "SMC, at most", "most reward at"):
         assert text in done.out, done.out
     assert read(demo / "ppo" / "posterior.json")["prompts"] == 2
@@ -263,6 +292,7 @@ def test_the_posterior_of_a_run(python, demo):
     off = python.ok(*stage("ppo", demo / "off", "--posterior_samples", 0)).out
     assert "log Z" not in off and "posterior" not in read(demo / "off" / "summary.json")
     for words, says in ((["--prompts", 0], "prompts is 0"), (["--samples", 33], "samples is 33"),
+                        (["--particles", -1], "particles -1: give a multiple of 32, and 0"),
                         (["--table"], "give a run")):
         python.fails("-m", "nanokl", "posterior", "runs/demo/ppo", *words, says=says)
     python.fails("-m", "nanokl", "posterior", says="give a run")
@@ -684,6 +714,7 @@ BAD_FLAGS = {
         ("--group", 3, ["minibatch is 8", "multiple of group, 3"]),
         ("--gold", "runs/none", ["runs/none"]), ("--gold", "runs/demo/gpt", ["GPT", "RewardModel"]),
         ("--posterior_samples", 33, ["posterior_samples is 33", "multiple of 32, or 0"]),
+        ("--beta=0 --kl_target", 6, ["beta is 0 and kl_target 6", "multiplies beta"]),
     ],
 }  # fmt: skip
 

@@ -291,8 +291,10 @@ def test_a_yardstick_without_this_number_is_left_out():
 # --------------------------------------------------------------------------------- the posterior
 POSTERIOR = {
     "trusted": True, "gap_nats": 4.2, "gap_nats_se": 0.31, "gap_nats_lower": 4.2,
-    "gap_reward_lower": 0.42, "gap_reward_upper": 0.44, "bayes_fraction": 0.71,
-    "bayes_fraction_se": 0.02, "bayes_fraction_upper": 0.72, "reward_ref_mean": 0.3,
+    "gap_nats_lower_se": 0.31, "gap_reward_lower": 0.42, "gap_reward_upper": 0.44,
+    "bayes_fraction": 0.71, "bayes_fraction_se": 0.02, "bayes_fraction_upper": 0.72,
+    "bayes_fraction_upper_se": 0.02, "bayes_fraction_lower": 0.7, "bayes_fraction_lower_se": 0.02,
+    "reward_ref_mean": 0.3, "objective": 1.1,
     "frontier": [{"beta": b, "kl_nats": 1 / b, "reward_mean": 2 - b, "ess_median": 60 * b,
                   "trusted": b > 0.8} for b in (2.0, 1.0, 0.5)],
     "untrained": [{"sampler": name, "n": n, "kl_nats": math.log(n), "reward_mean": math.log(n) / 2,
@@ -319,8 +321,74 @@ def test_a_gap_that_is_not_trusted_is_no_plain_number(tmp_path):
     nothing = dict.fromkeys(("gap_nats", "gap_nats_se", "bayes_fraction", "bayes_fraction_se"))
     with_posterior(tmp_path, trusted=False, **nothing)
     page = write_report(tmp_path).read_text("utf-8")
-    assert "≥ 4.20 (unreliable)" in page and "≤ 0.72 (unreliable)" in page
+    assert "≥ 4.20 ± 0.31 (unreliable)" in page and "≤ 0.72 ± 0.02 (unreliable)" in page
     assert "at least" in page
+    with_posterior(tmp_path, "ppo-worse", trusted=False, objective=0.2, **nothing)
+    page = write_report(tmp_path).read_text("utf-8")
+    assert page.count("≤ 0.72 ± 0.02 (unreliable)") == 1
+    assert "≥ 0.70 ± 0.02 (unreliable)" in page  # worse than the reference: log Z brings it to 0
+
+
+def test_a_policy_at_beta_0_has_no_gap(tmp_path):
+    with_posterior(tmp_path)
+    summary = {**SUMMARY["ppo"], "beta": 0, "posterior": {"beta": 0, "trusted": False}}
+    (tmp_path / "ppo" / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    page = write_report(tmp_path).read_text("utf-8")
+    assert page.count(">–</td>") >= 2 and "(unreliable)" not in page
+
+
+def painted(paint, summary, rows=()):
+    """Axes after one of the figures' painters."""
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_axes((0, 0, 1, 1))
+    assert paint(axes, summary, list(rows))
+    return axes
+
+
+def test_a_band_to_the_posterior_only_where_it_is_trusted():
+    """A pseudo-upper of weights that are not trusted is no end: a level, `at least`, alone."""
+    for trusted, label in ((True, "posterior\n1.53"), (False, "posterior,\nat least\n1.53")):
+        summary = {**SUMMARY["ppo"], "posterior": {**POSTERIOR, "trusted": trusted}}
+        axes = painted(figures.evidence, summary)
+        assert len(axes.patches) == trusted
+        assert label in axes.get_legend_handles_labels()[1]
+    (words,) = (x[4] for x in report.FIGURES if x[1] == "posterior")
+    assert "A band" in words and "is at least where it is drawn" in words
+
+
+def test_a_later_account_of_more_texts_stands_for_that_of_the_summary(tmp_path):
+    """RUN/ppo/posterior.json, of `python -m nanokl posterior`, in table, figure and summary."""
+    with_posterior(tmp_path)
+    smc = {"sampler": "SMC, at most", "n": 256, "kl_nats": 9.0, "reward_mean": 2.5, "objective": 1}
+    later = {**POSTERIOR, "gap_nats": 3.33, "untrained": [*POSTERIOR["untrained"], smc]}
+    (tmp_path / "ppo" / "posterior.json").write_text(json.dumps(later), encoding="utf-8")
+    page = write_report(tmp_path).read_text("utf-8")
+    assert "3.33 ± 0.31" in page and "4.20 ± 0.31" not in page
+    assert "SMC, at most" in page
+    merged = json.loads((tmp_path / "summary.json").read_text())
+    assert merged["ppo"]["posterior"]["gap_nats"] == 3.33
+    axes = painted(figures.frontier, {**SUMMARY["ppo"], "posterior": later})
+    labels = axes.get_legend_handles_labels()[1]
+    assert "SMC, at most\n256" in labels and "best-of-n\n4 to 16" in labels
+    (point,) = (x for x in axes.lines if x.get_label() == "SMC, at most\n256")
+    assert (point.get_xdata()[0], point.get_ydata()[0]) == (9.0, 2.5)
+    (tmp_path / "ppo" / "summary.json").unlink()  # a run that has not ended
+    assert report.read_stage(tmp_path / "ppo").summary == {}
+
+
+def test_where_there_is_no_ppo_no_other_policy_is_lost(tmp_path, monkeypatch):
+    """All that are not RUN/ppo are `others` of the figures."""
+    fake(tmp_path, "gpt")
+    for name in ("trainers/dpo-0.1", "trainers/rloo-0.1"):
+        with_posterior(tmp_path, name)
+    seen = []
+    monkeypatch.setattr(figures, "draw", lambda _, summary, *rest: seen.append(summary) or "")
+    write_report(tmp_path)
+    assert {tuple(name for name, _ in x["others"]) for x in seen} == {("dpo-0.1", "rloo-0.1")}
+    with_posterior(tmp_path)
+    write_report(tmp_path)
+    assert {name for name, _ in seen[-1]["others"]} == {"dpo-0.1", "rloo-0.1"}
 
 
 def test_other_policies_stand_beside_it(tmp_path):
