@@ -106,12 +106,14 @@ $(RUN)/trainers/%/summary.json: | $(RUN)/reward/summary.json
 	$(call train_ppo,trainers/$*) --method $(firstword $(subst -, ,$*)) --beta $(lastword $(subst -, ,$*)) $(if $(filter main,$(BUDGET)),$(TRAINER) --steps $(STEPS_$(firstword $(subst -, ,$*))),$(PPO))
 
 # Gao et al. 2022 at small scale: trained on one half of each text's ratings, watched by the other
+HALF := $(if $(filter tiny,$(BUDGET)),$(REWARD_tiny),$(REWARD_demo))
+CHEAP := $(if $(filter tiny,$(BUDGET)),$(PPO_tiny),--steps 120) --beta 0.02 --posterior_samples 0
 overoptimisation: $(RUN)/overoptimisation/ppo/summary.json ## -    what PPO gains by what its reward model has wrong
 	$(PY) -m nanokl report $(RUN)/overoptimisation
 $(RUN)/raters-%/summary.json: | $(RUN)/gpt/summary.json $(RUN)/bert/summary.json
-	$(PY) train_rlhf.py reward --data $(DATA) --init $(RUN)/bert --policy $(RUN)/gpt --out $(RUN)/raters-$* --raters $* $(REWARD) $(call go_on,raters-$*)
+	$(PY) train_rlhf.py reward --data $(DATA) --init $(RUN)/bert --policy $(RUN)/gpt --out $(RUN)/raters-$* --raters $* $(HALF) $(call go_on,raters-$*)
 $(RUN)/overoptimisation/ppo/summary.json: | $(RUN)/raters-first/summary.json $(RUN)/raters-second/summary.json
-	$(PY) train_rlhf.py ppo --data $(DATA) --policy $(RUN)/gpt --reward $(RUN)/raters-first --gold $(RUN)/raters-second --out $(RUN)/overoptimisation/ppo --beta 0.02 $(PPO) --posterior_samples 0 $(call go_on,overoptimisation/ppo)
+	$(PY) train_rlhf.py ppo --data $(DATA) --policy $(RUN)/gpt --reward $(RUN)/raters-first --gold $(RUN)/raters-second --out $(RUN)/overoptimisation/ppo $(CHEAP) $(call go_on,overoptimisation/ppo)
 
 report: $(RUN)/ppo/summary.json ## 0.1  summary.json, report.html and figures of a run
 	$(PY) -m nanokl report $(RUN)

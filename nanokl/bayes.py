@@ -116,7 +116,7 @@ def accepted(score: Tensor, *, beta: float, r_max: float, rng: torch.Generator) 
     """Which of the reference's texts stay, (P, K) bool."""
     if score.max() > r_max + 1e-6:
         raise UserError(f"a text scores {score.max().item():g}, above r_max {r_max:g}: give the "
-                        "reward's upper bound, or none")
+                        "reward's upper bound")
     u = torch.rand(score.shape, dtype=torch.float64, generator=rng)
     return u < ((score - r_max) / beta).exp()
 
@@ -175,7 +175,7 @@ class Account:
                "log_z_upper_kind": self.upper_kind, **self.numbers}
         for name, x in v.items():
             out[name], out[f"{name}_se"] = mean_se(x)
-        out["collapsed"] = out["entropy_nats_per_sequence"] < math.log(2)
+        out["below_one_bit"] = out["entropy_nats_per_sequence"] < math.log(2)
         if self.beta:
             J_ref = v["reward_ref_mean"]
             ends = [ratio_se(v["objective"] - J_ref, self.beta * v[f"log_z_nats_{end}"] - J_ref)
@@ -193,11 +193,11 @@ class Account:
     def lines(self) -> list[str]:
         """The account in words; what is not trusted is never a plain number."""
         s = self.summary()
-        collapsed = ": collapsed, less than one bit is left" if s["collapsed"] else ""
+        little = ": less than one bit is left" if s["below_one_bit"] else ""
         out = ["objective       {objective}, reference {reward_ref_mean}; reward {reward_mean}, "
                "KL {kl_nats_per_sequence} nats, beta {beta:g}",
                "entropy         {entropy_nats_per_sequence} nats, reference "
-               f"{{entropy_ref_nats_per_sequence}}{collapsed}"]
+               f"{{entropy_ref_nats_per_sequence}}{little}"]
         out += _evidence(s) if self.beta else [
             "log Z           infinite, since beta is 0, and no gap: the posterior is the reference "
             "on the", f"{'':16}texts of highest reward; {s['share_at_best']:.0%} of the policy's "

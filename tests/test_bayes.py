@@ -630,17 +630,17 @@ def test_beta_zero_has_no_gap_and_collapse_is_reported():
                     torch.full((P, K), 4.99))
     out = account(ref_half, at_best, beta=0)
     s, text = out.summary(), "\n".join(out.lines())
-    assert s["collapsed"] and s["gap_nats"] is None and s["bayes_fraction"] is None
+    assert s["below_one_bit"] and s["gap_nats"] is None and s["bayes_fraction"] is None
     assert not s["trusted"] and s["untrusted_because"] == ["beta is 0"]
     assert s["objective"] == 2 == s["reward_best_seen"] and s["share_at_best"] == 1
     assert not any("log_z_nats" in name for name in s)
     assert "log Z           infinite" in text and "reference on the\n" in text
-    assert "100% of the policy's" in text and "collapsed, less than one bit" in text
+    assert "100% of the policy's" in text and ": less than one bit" in text
     assert "gap  " not in text
     at_best.logp -= 1
     at_best.score[:, ::2] = -1.0
     out = account(ref_half, at_best, beta=0)
-    assert not out.summary()["collapsed"] and "collapsed" not in "\n".join(out.lines())
+    assert not out.summary()["below_one_bit"] and "one bit" not in "\n".join(out.lines())
     assert "50% of the policy's" in "\n".join(out.lines())
 
 
