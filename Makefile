@@ -27,15 +27,15 @@ PPO_demo := --steps 48 --posterior_prompts 8 --posterior_samples 1536 --eval_eve
 PPO_main := --steps 200 --posterior_prompts 8 --posterior_samples 4096 --eval_every 100
 PPO_tiny := --steps 2 --batch 32 --minibatch 16 --n_eval 64 --posterior_prompts 2 --posterior_samples 64
 # The full run's second policy, whose KL costs four times as much: what is left is finer, and asks
-# for larger batches. And steps that make each other method as long as PPO, about 3 minutes.
+# for larger batches. And steps that make each other method as long as PPO, 2 minutes.
 PPO_0.4 := --beta 0.4 --steps 60 --batch 1024 --minibatch 256 --posterior_prompts 8 --posterior_samples 2048 --eval_every 30
-TRAINER := --posterior_prompts 8 --posterior_samples 2048 --eval_every 1000
-STEPS_ppo := 45
-STEPS_rloo := 90
-STEPS_grpo := 90
-STEPS_dpo := 90
-STEPS_dpg := 90
-STEPS_sft := 90
+TRAINER := --posterior_prompts 8 --posterior_samples 1024 --eval_every 1000
+STEPS_ppo := 58
+STEPS_rloo := 92
+STEPS_grpo := 92
+STEPS_dpo := 84
+STEPS_dpg := 92
+STEPS_sft := 76
 SUITES ?= bpe pretrain logprob generate ppo objective scaling
 BENCH ?= --rounds 5 --seconds 8
 GPT ?= $(GPT_$(BUDGET))
