@@ -28,7 +28,7 @@ PPO_main := --steps 200 --posterior_prompts 8 --posterior_samples 4096 --eval_ev
 PPO_tiny := --steps 2 --batch 32 --minibatch 16 --n_eval 64 --posterior_prompts 2 --posterior_samples 64
 # The full run's second policy, whose KL costs four times as much: what is left is finer, and asks
 # for larger batches. And steps that make each other method as long as PPO, 2 minutes.
-PPO_0.4 := --beta 0.4 --steps 60 --batch 1024 --minibatch 256 --posterior_prompts 8 --posterior_samples 2048 --eval_every 30
+PPO_0.4 := --beta 0.4 --steps 60 --batch 1024 --minibatch 256 --lr 3e-4 --muon_lr 3e-4 --posterior_prompts 8 --posterior_samples 2048 --eval_every 30
 TRAINER := --posterior_prompts 8 --posterior_samples 1024 --eval_every 1000
 STEPS_ppo := 58
 STEPS_rloo := 92

@@ -45,7 +45,6 @@ def _word(word: str) -> list[int]:
     return [_hash(word), *(_hash("#" + piece) for piece in _pieces(f"<{word}>"))]
 
 
-@lru_cache(1 << 15)  # a training text comes several times
 def _text(text: str, tokens: tuple[int, ...]) -> np.ndarray:
     """The hashes of a text's distinct n-grams, in order, int64."""
     words, units = WORD.findall(text.lower()), [f"@{token}" for token in tokens]
@@ -57,13 +56,18 @@ def _text(text: str, tokens: tuple[int, ...]) -> np.ndarray:
     return np.array(sorted(hashes), np.int64)
 
 
+_kept = lru_cache(1 << 15)(_text)
+
+
 def ngrams(texts: Sequence[str], idx: Tensor, mask: Tensor,
-           domain: Sequence[int]) -> tuple[Tensor, Tensor]:
+           domain: Sequence[int], *, keep: bool = False) -> tuple[Tensor, Tensor]:
     """The n-grams of texts (B,), tokenised to idx (B, T) where mask is True, in domains (B,).
 
-    Returns the hashes (N,) of them all, int64, and where those of each text start (B,).
+    Returns the hashes (N,) of them all, int64, and where those of each text start (B,). `keep`:
+    they are remembered, for texts that come again, such as those of training.
     """
-    rows = [_text(text, tuple(row[real].tolist()))
+    read = _kept if keep else _text
+    rows = [read(text, tuple(row[real].tolist()))
             for text, row, real in zip(texts, idx, mask, strict=True)]
     rows = [part for row, d in zip(rows, domain, strict=True)
             for part in (row, (row + DOMAIN * (int(d) + 1)) % HASHES)]

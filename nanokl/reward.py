@@ -123,7 +123,7 @@ class RewardModel(nn.Module):
         hide (B, block_size) is True where the encoder sees [MASK] in the place of a token.
         """
         idx, mask = text_batch(tokenizer, texts, block_size=self.config.trunk_config["block_size"])
-        grams = ngrams(texts, idx, mask, domain.tolist())
+        grams = ngrams(texts, idx, mask, domain.tolist(), keep=self.training)
         if hide is not None:
             hide = hide[:, : idx.shape[1]] & (idx < len(tokenizer.tokens))
             idx[hide] = tokenizer.special("[MASK]")
