@@ -197,12 +197,13 @@ def frontier(axes, summary: dict, rows: list[dict]) -> bool:
         x_se, y_se = map(here.get, ("kl_nats_per_sequence_se", "reward_mean_se"))
         axes.errorbar(x, y, y_se, x_se, color=OURS, fmt="none")
         axes.axline((x, y), slope=beta, color=MUTED, lw=1, ls="--", label="equal\nobjective")
-    for name, other in summary.get("others") or []:
-        other = {**other, **(other.get("posterior") or {})}
-        x, y = other["kl_nats_per_sequence"], other["reward_mean"]
+    others = [({**x, **(x.get("posterior") or {})}, name) for name, x in summary.get("others", [])]
+    others = sorted((x["reward_mean"], x["kl_nats_per_sequence"], name) for x, name in others)
+    for i, (y, x, name) in enumerate(others):  # their names in a column, by reward like the dots
         axes.plot(x, y, "o", color=OURS, mfc="none", ms=5)
-        axes.annotate(name, (x, y), xytext=(4, -3), textcoords="offset points", fontsize=7,
-                      color=MUTED)
+        axes.annotate(name, (x, y), (0.99, (i + 0.5) / len(others)), textcoords="axes fraction",
+                      ha="right", va="center", fontsize=7, color=MUTED,
+                      arrowprops={"arrowstyle": "-", "lw": 0.4, "color": MUTED})
     axes.set_xlabel("KL from the reference, nats per sequence")
     return final or len(kl) > 0
 
@@ -236,5 +237,5 @@ def overoptimisation(axes, summary: dict, rows: list[dict]) -> bool:
     reward = column(rows, "kl_nats_per_sequence", "reward_mean")[1]
     _line_and_band(axes, np.sqrt(kl), reward, OURS, "trained on")
     _line_and_band(axes, np.sqrt(kl), gold, YARD, "gold")
-    axes.set_xlabel("square root of the KL from the reference, nats per sequence")
+    axes.set_xlabel("square root of the KL in nats per sequence")
     return True

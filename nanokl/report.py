@@ -77,8 +77,8 @@ FIGURES = [
      "Training is on all prompts, everything else on the few on which the gap is measured.",
      fig.frontier),
     ("ppo", "overoptimisation", "Proxy and gold", "sd of the reference's scores",
-     "The policy is trained on a reward model of one half of each text's ratings; that of the other "
-     "half only watches. Where they part, PPO gets what the first model has wrong (Gao et al. 2022).",
+     "The policy is trained on a reward model of one half of each text's ratings; one of the other "
+     "half only watches. Where they part, PPO gets what the first has wrong (Gao et al. 2022).",
      fig.overoptimisation),
     ("ppo", "ppo_reward", "Reward and objective", "sd of the reference's scores",
      "The distance between the two is what the KL costs.",
