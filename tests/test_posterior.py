@@ -198,6 +198,7 @@ def test_the_most_reward_is_plain_where_it_is_trusted(tmp_path, monkeypatch, tex
         assert (f">= {x:.2f} (unreliable)" in line) != trusted and f"{x:.2f}" in line
 
 
+@pytest.mark.usefixtures("untuned")
 @pytest.mark.parametrize(("summary", "beta"), [(None, 0.1), ({"beta": 0.37}, 0.37), ({}, 0.1)])
 def test_beta_is_what_the_run_ended_at(tmp_path, monkeypatch, summary, beta):
     """With --kl_target that of summary.json; without a summary that of the flags."""

@@ -319,7 +319,7 @@ def test_a_wrong_placement_says_so(python, demo, tmp_path):
     assert "warning" not in python.ok(*stage("ppo", tmp_path / "right", *right)).err
     assert read(tmp_path / "right" / "summary.json")["kl_placement"].startswith("exact per token")
     assert read(demo / "ppo" / "summary.json")["kl_placement"].startswith("k1 per token in the re")
-    done = python.ok(*stage("ppo", tmp_path / "myopic", "--gamma", 0, "--no-shaping"))
+    done = python.ok(*stage("ppo", tmp_path / "myopic", "--no-shaping --gamma", 0))
     says = "k1 per token in the reward (wrong: myopic, blind to what a token costs later)"
     assert done.err.startswith(f"warning: KL as {says}") and done.err.count("\n") == 1
     assert read(tmp_path / "myopic" / "summary.json")["kl_placement"] == says
@@ -516,8 +516,8 @@ def test_last_good_checkpoint_survives(python, demo, tmp_path):
         "calls = []\ndef reward(ids, texts):\n    calls.append(1)\n"
         "    return [float(len(t)) * (1e36 if len(calls) > 2 else .1) for t in texts]\n"
     )
-    words = stage("ppo", tmp_path / "out", "--steps", 5, "--save_every", 1, "--no-shaping",
-                  "--reward", f"{tmp_path}/wild.py:reward")
+    words = stage("ppo", tmp_path / "out", "--steps", 5, "--save_every", 1,
+                  "--no-shaping --reward", f"{tmp_path}/wild.py:reward")
     done = python.fails(*words, status=3, says=["step 3", "last good checkpoint", "out/last"])
     assert done.err.count("step") == 1
     assert checkpoint.load_state(tmp_path / "out" / "last")["step"] == 2
