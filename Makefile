@@ -60,13 +60,13 @@ help: ## 0    this list
 
 setup: $(VENV) ## 0.5  .venv with the pinned packages
 
-test: $(VENV) ## 3.7  all tests
+test: $(VENV) ## 4.2  all tests
 	$(PY) -m pytest
 
 lint: $(VENV) ## 0.1  ruff
 	$(PY) -m ruff check .
 
-check: lint test ## 3.8  what CI runs: lint and test
+check: lint test ## 4.3  what CI runs: lint and test
 
 demo: $(VENV) ## 9    the whole story, from data to report, in runs/demo (replaced)
 	rm -rf runs/demo && mkdir -p runs/demo && date +%s > runs/demo/started
@@ -90,7 +90,7 @@ $(RUN)/reward/summary.json: | $(RUN)/gpt/summary.json $(RUN)/bert/summary.json
 	$(PY) train_rlhf.py reward --data $(DATA) --init $(RUN)/bert --policy $(RUN)/gpt --out $(RUN)/reward $(REWARD) $(call go_on,reward)
 
 # the full run goes to two posteriors, those of beta .1 and .4
-rlhf: $(RUN)/ppo/summary.json $(if $(filter main,$(BUDGET)),$(RUN)/ppo-0.4/summary.json) ## 38   PPO towards two posteriors, with what it needs (sum of parts)
+rlhf: $(RUN)/ppo/summary.json $(if $(filter main,$(BUDGET)),$(RUN)/ppo-0.4/summary.json) ## 37   PPO towards two posteriors, with what it needs (sum of parts)
 train_ppo = $(PY) train_rlhf.py ppo --data $(DATA) --policy $(RUN)/gpt --reward $(RUN)/reward --out $(RUN)/$(1) $(call go_on,$(1))
 $(RUN)/ppo/summary.json: | $(RUN)/reward/summary.json
 	$(call train_ppo,ppo) $(PPO)
@@ -100,7 +100,7 @@ $(RUN)/ppo-0.4/summary.json: | $(RUN)/reward/summary.json
 # other ways to the posterior, each for as long as PPO takes
 METHODS ?= ppo rloo grpo dpo dpg sft
 BETAS ?= 0.1 0.4
-trainers: $(foreach m,$(METHODS),$(foreach b,$(BETAS),$(RUN)/trainers/$(m)-$(b)/summary.json)) ## -    every method at two prices, side by side
+trainers: $(foreach m,$(METHODS),$(foreach b,$(BETAS),$(RUN)/trainers/$(m)-$(b)/summary.json)) ## 52   every method at two prices, side by side
 	$(PY) -m nanokl report $(RUN)
 $(RUN)/trainers/%/summary.json: | $(RUN)/reward/summary.json
 	$(call train_ppo,trainers/$*) --method $(firstword $(subst -, ,$*)) --beta $(lastword $(subst -, ,$*)) $(if $(filter main,$(BUDGET)),$(TRAINER) --steps $(STEPS_$(firstword $(subst -, ,$*))),$(PPO))
@@ -108,7 +108,7 @@ $(RUN)/trainers/%/summary.json: | $(RUN)/reward/summary.json
 # Gao et al. 2022 at small scale: trained on one half of each text's ratings, watched by the other
 HALF := $(if $(filter tiny,$(BUDGET)),$(REWARD_tiny),$(REWARD_demo))
 CHEAP := $(if $(filter tiny,$(BUDGET)),$(PPO_tiny),--steps 120) --beta 0.02 --posterior_samples 0
-overoptimisation: $(RUN)/overoptimisation/ppo/summary.json ## -    what PPO gains by what its reward model has wrong
+overoptimisation: $(RUN)/overoptimisation/ppo/summary.json ## 15   what PPO gains by what its reward model has wrong
 	$(PY) -m nanokl report $(RUN)/overoptimisation
 $(RUN)/raters-%/summary.json: | $(RUN)/gpt/summary.json $(RUN)/bert/summary.json
 	$(PY) train_rlhf.py reward --data $(DATA) --init $(RUN)/bert --policy $(RUN)/gpt --out $(RUN)/raters-$* --raters $* $(HALF) $(call go_on,raters-$*)
@@ -118,7 +118,7 @@ $(RUN)/overoptimisation/ppo/summary.json: | $(RUN)/raters-first/summary.json $(R
 report: $(RUN)/ppo/summary.json ## 0.1  summary.json, report.html and figures of a run
 	$(PY) -m nanokl report $(RUN)
 
-results: $(VENV) ## 50   the README's table: demo, 4 more PPO seeds, the main run (sum of parts)
+results: $(VENV) ## 58   the README's table: demo, 4 more PPO seeds, the main run (sum of parts)
 	$(MAKE) demo
 	rm -rf runs/seeds
 	for seed in 1 2 3 4; do $(PY) train_rlhf.py ppo --data $(DATA) --policy runs/demo/gpt --reward runs/demo/reward --out runs/seeds/$$seed $(PPO_demo) --seed $$seed || exit; done
