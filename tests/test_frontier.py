@@ -186,6 +186,17 @@ def limit(r: torch.Tensor, m: int) -> tuple[torch.Tensor, torch.Tensor]:
     return frontier.best_of_n(r, m)[:2]
 
 
+def check_chain(r: torch.Tensor, beta: float) -> None:
+    """Five steps of metropolis against powers of the chain's matrix, weights as differences."""
+    kl, reward = frontier.metropolis(r, beta, 5)
+    for i in range(2):
+        move = ((r[i][None] - r[i][:, None]) / beta).clamp(max=0).exp() / 60
+        move += torch.diag(1 - move.sum(1))
+        p = torch.full((60,), 1 / 60, dtype=torch.float64) @ torch.linalg.matrix_power(move, 5)
+        assert kl[i].item() == pytest.approx((p * (60 * p).log()).sum().item(), abs=1e-9)
+        assert reward[i].item() == pytest.approx((p @ r[i]).item(), abs=1e-9)
+
+
 @pytest.mark.parametrize("beta", [5e-3, 1e-4])
 def test_laws_at_small_prices_are_not_lost(beta):
     """exp(r / beta) has no float below beta .005: SIR and a chain are then the best of m.
@@ -200,25 +211,13 @@ def test_laws_at_small_prices_are_not_lost(beta):
     kl, reward = frontier.sir(r, beta, 6, rng=g, n_sets=20_000)
     assert kl.tolist() == pytest.approx(limit(r, 6)[0].tolist(), abs=0.03)
     assert reward.tolist() == pytest.approx(limit(r, 6)[1].tolist(), abs=0.03)
-    kl, reward = frontier.metropolis(r, beta, 5)
-    for i in range(2):
-        move = ((r[i][None] - r[i][:, None]) / beta).clamp(max=0).exp() / 60
-        move += torch.diag(1 - move.sum(1))
-        p = torch.full((60,), 1 / 60, dtype=torch.float64) @ torch.linalg.matrix_power(move, 5)
-        assert kl[i].item() == pytest.approx((p * (60 * p).log()).sum().item(), abs=1e-9)
-        assert reward[i].item() == pytest.approx((p @ r[i]).item(), abs=1e-9)
+    check_chain(r, beta)
 
 
 def test_ties_do_not_disturb_chains_and_resampling():
     """Five levels of reward: the matrix of a chain, and the limit of a small price."""
     r, beta = rewards().round(), 0.4
-    kl, reward = frontier.metropolis(r, beta, 5)
-    for i in range(2):
-        move = ((r[i][None] - r[i][:, None]) / beta).clamp(max=0).exp() / 60
-        move += torch.diag(1 - move.sum(1))
-        p = torch.full((60,), 1 / 60, dtype=torch.float64) @ torch.linalg.matrix_power(move, 5)
-        assert kl[i].item() == pytest.approx((p * (60 * p).log()).sum().item(), abs=1e-9)
-        assert reward[i].item() == pytest.approx((p @ r[i]).item(), abs=1e-9)
+    check_chain(r, beta)
     g = torch.Generator().manual_seed(9)
     kl, reward = frontier.sir(r, 1e-3, 6, rng=g, n_sets=20_000)
     assert reward.tolist() == pytest.approx(limit(r, 6)[1].tolist(), abs=0.03)
