@@ -276,10 +276,9 @@ def train_ppo(flags: PPOFlags) -> None:
     runtime = rt.setup(flags.device, flags.dtype)
     tokenizer = Tokenizer.load(flags.data)
     ref = load_gpt(flags, tokenizer, runtime).requires_grad_(False)
-    function = reward.load_reward(flags.reward, runtime)
-    gold = reward.load_reward(flags.gold, runtime) if flags.gold else None
-    guess = reward.load_reward(flags.reward, runtime, guess=True) if flags.shaping else None
-    stage = Stage(flags, runtime, tokenizer, ref, function, flags.seed, gold, guess)
+    score, guess = reward.load_reward(flags.reward, runtime)
+    gold = reward.load_reward(flags.gold, runtime)[0] if flags.gold else None
+    stage = Stage(flags, runtime, tokenizer, ref, score, flags.seed, gold, guess)
     docs, held_out = (prompt_docs(flags.data, split, flags.domains, tokenizer)
                       for split in ("train", "val"))
     for texts in (docs, held_out):  # a split that has no prompts shows at once

@@ -144,7 +144,7 @@ def open_run(folder: Path, device: str = "auto") -> tuple[Stage, GPT, list[list[
     tokenizer = Tokenizer.load(data)
     ref = load_gpt(config, tokenizer, runtime).requires_grad_(False)
     policy = GPT.from_pretrained(checkpoint.resolve(folder), dropout=0.0).to(runtime.device).eval()
-    score, guess = (load_reward(reward, runtime, guess=x) for x in (False, True))
+    score, guess = load_reward(reward, runtime)
     stage = Stage(config, runtime, tokenizer, ref, score, seed, guess=guess)
     return stage, policy, prompt_docs(data, "val", config.domains, tokenizer), beta
 

@@ -198,9 +198,9 @@ def agreement(summary: dict) -> str:
 
 
 def policies(run: Path) -> list[tuple[str, dict]]:
-    """Names and summaries of the trained policies: RUN/ppo, RUN/ppo-*, RUN/trainers/*."""
+    """Names and summaries of the trained policies: ppo, ppo-*, trainers/*, all in RUN."""
     folders = [run / "ppo", *sorted(run.glob("ppo-*/")), *sorted((run / "trainers").glob("*/"))]
-    return [(folder.name, summary) for folder in folders
+    return [(folder.relative_to(run).as_posix(), summary) for folder in folders
             if (summary := read_stage(folder).summary).get("objective") is not None]
 
 

@@ -273,19 +273,23 @@ def load_trunk(folder: Path, **overrides) -> nn.Module:
     return checkpoint.load(folder, TRUNKS[kind], **overrides)
 
 
-def load_reward(spec: str, runtime, *, guess: bool = False) -> RewardFunction:
-    """A reward run's model as a function of texts, or the function of FILE.py:NAME.
+def load_reward(spec: str, runtime) -> tuple[RewardFunction, RewardFunction]:
+    """Score and quick guess of texts, by a reward run's model or the function of FILE.py:NAME.
 
-    With `guess` the model's quick guess, `guess_texts`; a file's function has none but itself.
+    The guess is `guess_texts`, for texts that are not done; a file's function has none but itself.
     """
     if ".py:" in spec or spec.endswith(".py"):
-        return load_function(spec)
+        function = load_function(spec)
+        return function, function
     folder = checkpoint.resolve(spec)
     model = checkpoint.load(folder, RewardModel).to(runtime.device).eval()
     tokenizer = Tokenizer.load(folder)
 
-    def reward(ids: list[list[int]], texts: list[str]) -> Tensor:
-        with runtime.autocast():
-            return (model.guess_texts if guess else model.score_texts)(tokenizer, texts)
+    def by(method: Callable[[Tokenizer, Sequence[str]], Tensor]) -> RewardFunction:
+        def reward(ids: list[list[int]], texts: list[str]) -> Tensor:
+            with runtime.autocast():
+                return method(tokenizer, texts)
 
-    return reward
+        return reward
+
+    return by(model.score_texts), by(model.guess_texts)

@@ -209,7 +209,7 @@ def test_beta_is_what_the_run_ended_at(tmp_path, monkeypatch, summary, beta):
     stage, policy = make()
     monkeypatch.setattr(posterior, "Tokenizer", SimpleNamespace(load=lambda _: stage.tokenizer))
     monkeypatch.setattr(posterior, "load_gpt", lambda *_: stage.ref)
-    monkeypatch.setattr(posterior, "load_reward", lambda *_, **__: score)
+    monkeypatch.setattr(posterior, "load_reward", lambda *_: (score, score))
     monkeypatch.setattr(posterior, "prompt_docs", lambda *_: DOCS)
     monkeypatch.setattr(posterior.checkpoint, "resolve", lambda folder: folder)
     monkeypatch.setattr(posterior.GPT, "from_pretrained", lambda *_, **__: policy)

@@ -385,10 +385,14 @@ def test_where_there_is_no_ppo_no_other_policy_is_lost(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(figures, "draw", lambda _, summary, *rest: seen.append(summary) or "")
     write_report(tmp_path)
-    assert {tuple(name for name, _ in x["others"]) for x in seen} == {("dpo-0.1", "rloo-0.1")}
+    assert {tuple(name for name, _ in x["others"]) for x in seen} == {
+        ("trainers/dpo-0.1", "trainers/rloo-0.1")}
     with_posterior(tmp_path)
+    with_posterior(tmp_path, "ppo-0.4")  # not the same as this one:
+    with_posterior(tmp_path, "trainers/ppo-0.4")
     write_report(tmp_path)
-    assert {name for name, _ in seen[-1]["others"]} == {"dpo-0.1", "rloo-0.1"}
+    assert {name for name, _ in seen[-1]["others"]} == {
+        "ppo-0.4", "trainers/dpo-0.1", "trainers/ppo-0.4", "trainers/rloo-0.1"}
 
 
 def test_other_policies_stand_beside_it(tmp_path):
@@ -396,7 +400,7 @@ def test_other_policies_stand_beside_it(tmp_path):
     with_posterior(tmp_path, "trainers/rloo-0.4", gap_nats=7.77)
     page = write_report(tmp_path).read_text("utf-8")
     assert page.index("4.20 ± 0.31") < page.index("7.77 ± 0.31")
-    assert page.count("rloo-0.4") >= 2  # in the table, and in the figure
+    assert page.count("trainers/rloo-0.4") >= 2  # in the table, and in the figure
 
 
 def test_proxy_and_gold_are_drawn_where_there_is_a_gold(tmp_path):

@@ -351,9 +351,8 @@ def test_save_and_load(cls, tmp_path):
     assert loaded.config == model.config and type(loaded.members[0].trunk) is cls
     assert all(torch.equal(x, loaded.state_dict()[k]) for k, x in model.state_dict().items())
     assert torch.equal(loaded.eval().score_texts(BYTES, TEXTS), score)
-    reward = load_reward(str(tmp_path / "run"), CPU)  # as a function, from its run's folder
+    reward, guess = load_reward(str(tmp_path / "run"), CPU)  # functions, from its run's folder
     assert torch.equal(check_scores(reward([[0]] * len(TEXTS), TEXTS), len(TEXTS)), score)
-    guess = load_reward(str(tmp_path / "run"), CPU, guess=True)
     assert torch.equal(guess([[0]] * len(TEXTS), TEXTS), loaded.guess_texts(BYTES, TEXTS))
 
 
@@ -423,8 +422,8 @@ def helper(i):
     return i[0]
 NUMBER = 3
 ''')
-    for load in (load_function, lambda spec: load_reward(spec, CPU)):
-        assert load(f"{path}:length")([[1], [5]], ["abc", ""]) == [7.0, 5]
+    for length in (load_function(f"{path}:length"), *load_reward(f"{path}:length", CPU)):
+        assert length([[1], [5]], ["abc", ""]) == [7.0, 5]
 
 
 @pytest.mark.parametrize("text, name, message", [
