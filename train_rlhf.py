@@ -36,7 +36,6 @@ from nanokl.comparisons import (
 )
 from nanokl.evaluation import Stage, compare, load_gpt, pretrained, prompt_docs
 from nanokl.gpt import GPT
-from nanokl.kl import BetaController
 from nanokl.posterior import Ruler, brief, check_samples, whole_account
 from nanokl.tokenizer import Tokenizer
 
@@ -104,11 +103,9 @@ class PPOFlags(Flags, trainers.TrainerConfig):
     lr: float = 4e-4
     muon_lr: float = 4e-4
     weight_decay: float = 0.0
-    momentum: float = 0.5  # of both optimisers; gradients of older policies overshoot
     n_epoch: int = 1  # passes over each batch; fresh episodes are cheap here
     lam: float = 0.5  # GAE; small, since shaping leaves little for later tokens to say
     shaping: bool = True  # each token is paid by what it adds to the guess of the text's score
-    action_values: bool = True  # the critic foresees each next token's advantage (actions.py)
     critic_lr: float = 5.0  # the critic's own rates, times lr and muon_lr
     beta: float = 0.1  # price of one nat of KL, in units of the reward
     kl_target: float | None = None  # nats per sequence: adapts beta (Ziegler et al.)
@@ -195,14 +192,6 @@ def train_reward(flags: RewardFlags) -> None:
         runtime.barrier()
         report = finish_reward(flags, tokenizer, val, test, yardstick, runtime)
         log.close({"best_step": best["step"], "steps": start, "seed": flags.seed, **report})
-
-
-def policy_optimizers(policy: GPT, flags: PPOFlags, runtime) -> list[torch.optim.Optimizer]:
-    """The policy's, and the critic's at rates of its own."""
-    return optim.make_optimizers(policy, lr=flags.lr, muon_lr=flags.muon_lr,
-                                 betas=(flags.momentum, 0.95), momentum=flags.momentum,
-                                 weight_decay=flags.weight_decay, dtype=runtime.dtype,
-                                 speed=dict.fromkeys(ppo.CRITIC, flags.critic_lr))
 
 
 def ppo_batch(stage: Stage, model, policy: GPT, optimizers, docs, step: int, beta: float) -> dict:
@@ -296,11 +285,13 @@ def train_ppo(flags: PPOFlags) -> None:
         stage.prompts(texts, 1, rt.generator(flags.seed))
     stage.minibatches(flags.batch, rt.generator(flags.seed), flags.group)  # so do wrong sizes
     critic = flags.method == "ppo"
-    policy = ppo.make_policy(ref, critic_layers=flags.critic_layers if critic else 0,
-                             action_values=flags.foresees(flags.beta))
+    policy = ppo.make_policy(ref, critic_layers=flags.critic_layers if critic else 0)
     policy.value.requires_grad_(critic)
-    optimizers = policy_optimizers(policy, flags, runtime)
-    controller = BetaController(flags.beta, flags.kl_target)
+    optimizers = optim.make_optimizers(policy, lr=flags.lr, muon_lr=flags.muon_lr,
+                                       betas=(0.9, 0.95), dtype=runtime.dtype,
+                                       weight_decay=flags.weight_decay,
+                                       speed=dict.fromkeys(("critic.", "value."), flags.critic_lr))
+    controller = ppo.BetaController(flags.beta, flags.kl_target)
     start, first, judge = 0, {}, None
     if training.open_run(flags, runtime):
         state = training.load_last(flags.out, policy, optimizers, tokenizer=tokenizer)

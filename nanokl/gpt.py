@@ -20,7 +20,6 @@ class GPTConfig(TransformerConfig):
     tied: bool = True  # the head shares the token embedding's weight
     value_head: bool = False  # a scalar per position: the critic of PPO
     critic_layers: int = 0  # of the critic's own trunk; 0: it reads the policy's hidden states
-    action_values: bool = False  # a critic with a trunk also says what each next token is worth
     ngram_rows: list[int] = field(default_factory=list)  # n-grams embedded, for n = 2, 3, ...
     ngram_dropout: float = 0.5  # of each of those, in train mode only
 
@@ -54,8 +53,6 @@ class GPT(Transformer, Pretrained):
             self.value = nn.Linear(config.n_embd, 1)
             if config.critic_layers:
                 self.critic = Transformer(replace(config, n_layer=config.critic_layers))
-            if config.action_values:
-                self.action = nn.Linear(config.n_embd, config.n_embd, bias=False)
         if config.ngram_rows:
             self.ngrams = NgramEmbedding(config)
         self.init_weights(rng)
@@ -63,8 +60,6 @@ class GPT(Transformer, Pretrained):
             self.ngrams.zero_unknown()
         if config.value_head:
             nn.init.zeros_(self.value.weight)  # values start at 0, like the rewards' mean
-        if config.action_values:
-            nn.init.zeros_(self.action.weight)
 
     def forward(self, idx: Tensor, mask: Tensor | None = None, segment: Tensor | None = None,
                 extra: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
@@ -76,18 +71,9 @@ class GPT(Transformer, Pretrained):
             extra = ngrams if extra is None else extra + ngrams
         return super().forward(idx, mask, segment, extra, cache)
 
-    def critique(self, idx: Tensor, h: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Values (B, T), float32, and the head of Q (actions.py) at idx, whose hidden states are h.
-
-        The head is hidden states (B, T, C) and a weight (V, C), None without action values.
-        """
-        h = self.critic(idx) if self.config.critic_layers else h
-        q = (self.action(h), self.critic.wte.weight) if self.config.action_values else None
-        return self.value(h).float()[..., 0], q
-
     def values(self, idx: Tensor, h: Tensor) -> Tensor:
-        """The critic's values (B, T), as `critique`."""
-        return self.critique(idx, h)[0]
+        """The critic's values (B, T), float32, at idx (B, T), whose hidden states are h."""
+        return self.value(self.critic(idx) if self.config.critic_layers else h).float()[..., 0]
 
     def logits(self, h: Tensor) -> Tensor:
         """(..., C) -> (..., V), float32."""

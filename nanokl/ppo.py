@@ -6,19 +6,17 @@ Ziegler et al. arXiv:1909.08593; Schulman et al. arXiv:1707.06347. Left out: rew
 response, a critic that starts from other weights than the reference's.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nanokl import UserError, actions, require_positive
+from nanokl import UserError, require_positive
 from nanokl.generate import Rollout, generate
 from nanokl.gpt import GPT
 from nanokl.kl import KLConfig, at_last, k1, kl_loss, paid_in_reward
 from nanokl.logprob import linear_logprob
 from nanokl.reward import RewardFunction, check_scores
-
-CRITIC = ("critic.", "value.", "action.")  # how the names of its parameters start
 
 
 @dataclass(kw_only=True)
@@ -49,7 +47,6 @@ class PPOConfig(SamplingConfig, KLConfig):
     max_grad_norm: float = 1.0  # gradient clipping
     critic_layers: int = 2  # of the critic's own trunk, at most the policy's; 0: it shares that one
     critic_lr: float = 1.0  # the critic's own rates, times lr and muon_lr
-    action_values: bool = False  # of the critic, where the KL is charged as by default
     shaping: bool = False  # each token is paid by what it adds to the guess of the text's score
 
     def __post_init__(self):
@@ -79,8 +76,7 @@ class Experience:
     value: Tensor  # (B, T-1)
     adv: Tensor  # (B, T-1) whitened
     ret: Tensor  # (B, T-1)
-    unit: Tensor | float = 1.0  # of adv, in reward: its sd before it was whitened
-    beta: float = 0.0  # price of a nat, in reward
+    price: Tensor | float = 0.0  # of a nat in the loss: beta in the units of adv
     ref: GPT | None = None  # where the loss has the exact KL, which needs its hidden states
 
 
@@ -156,6 +152,20 @@ def value_loss(value: Tensor, value_old: Tensor, ret: Tensor, mask: Tensor, *,
     return 0.5 * masked_mean(torch.maximum((value - ret).square(), (near - ret).square()), mask)
 
 
+@dataclass
+class BetaController:
+    """Fixed beta, or Ziegler's: beta *= 1 + clip(kl/target - 1, +-.2) n / horizon."""
+
+    beta: float
+    target: float | None = None  # nats per sequence; None keeps beta fixed
+    horizon: float = 10_000.0  # episodes
+
+    def update(self, kl_nats_per_sequence: float, n_episodes: int) -> None:
+        if self.target is not None:
+            error = min(max(kl_nats_per_sequence / self.target - 1, -0.2), 0.2)
+            self.beta *= 1 + error * n_episodes / self.horizon
+
+
 def draw_prompts(docs: list[list[int]], n: int, config: SamplingConfig, *, start: int,
                  rng: torch.Generator) -> list[list[int]]:
     """n prompts: `start` and the first few tokens of a random text, of ragged length.
@@ -173,20 +183,19 @@ def draw_prompts(docs: list[list[int]], n: int, config: SamplingConfig, *, start
     return [[start, *docs[i][:k]] for i, k in zip(which, length, strict=True)]
 
 
-def make_policy(ref: GPT, *, critic_layers: int = 0, action_values: bool = False) -> GPT:
+def make_policy(ref: GPT, *, critic_layers: int = 0) -> GPT:
     """A copy of ref, without dropout, with values that start at 0.
 
     `critic_layers`: of the critic's own trunk, copies of ref's first ones, and no more than it has.
     With none, the value head reads the policy's hidden states, and its gradient disturbs them.
-    `action_values`: the critic says what each next token is worth, at first 0.
     """
     critic_layers = min(critic_layers, ref.config.n_layer)
-    policy = GPT(replace(ref.config, value_head=True, dropout=0.0, ngram_dropout=0.0,
-                         critic_layers=critic_layers, action_values=action_values))
+    policy = GPT(GPT.Config(**{**vars(ref.config), "value_head": True, "dropout": 0.0,
+                               "ngram_dropout": 0.0, "critic_layers": critic_layers}))
     # A reference that PPO made has a critic too: it valued another reward.
-    weights = {k: x for k, x in ref.state_dict().items() if not k.startswith(CRITIC)}
+    weights = {k: x for k, x in ref.state_dict().items() if not k.startswith(("value.", "critic."))}
     missing, extra = policy.load_state_dict(weights, strict=False)
-    assert all(k.startswith(CRITIC) for k in missing) and not extra, (missing, extra)
+    assert all(k.startswith(("value.", "critic.")) for k in missing) and not extra, (missing, extra)
     if critic_layers:
         policy.critic.load_state_dict({k: weights[k] for k in policy.critic.state_dict()})
     return policy.to(ref.head.weight.device)
@@ -255,11 +264,12 @@ def collect(policy: GPT, ref: GPT, rollout: Rollout, score: Tensor, minibatches:
     paid = score if shares is None else shares
     reward = kl_penalised_reward(logp, logp_ref, paid, mask, beta=beta, nats=nats)
     adv, ret = gae(reward, value, mask, gamma=config.gamma, lam=config.lam)
-    if policy.config.action_values:  # a token's own price is in the loss
-        adv = adv + beta * nats * mask
-    exact = policy.config.action_values or (config.kl_in_loss and config.kl_estimator == "exact")
-    return Experience(rollout, score, logp, logp_ref, kl, entropy, value, masked_whiten(adv, mask),
-                      ret, 1 / masked_scale(adv, mask), beta, ref if exact else None)
+    white = masked_whiten(adv, mask)
+    x = Experience(rollout, score, logp, logp_ref, kl, entropy, value, white, ret)
+    if config.kl_in_loss:
+        x.price = beta * masked_scale(adv, mask)
+        x.ref = ref if config.kl_estimator == "exact" else None
+    return x
 
 
 def minibatch_loss(model, policy: GPT, x: Experience, rows: Tensor, config: PPOConfig,
@@ -272,26 +282,18 @@ def minibatch_loss(model, policy: GPT, x: Experience, rows: Tensor, config: PPOC
     share = x.rollout.mask[runtime.shard(rows)].sum() / x.rollout.mask[rows].sum()
     rows = runtime.shard(rows)
     idx, mask = x.rollout.idx[rows], x.rollout.mask[rows]
-    adv, y = x.adv[rows], idx[:, 1:]
     with runtime.autocast():
         h, ref = model(idx)[:, :-1], None
-        value, q = policy.critique(idx[:, :-1], h)
         if x.ref is not None:
             with torch.no_grad():
                 ref = x.ref(idx)[:, :-1], x.ref.head.weight
-        if q is not None:
-            ref = actions.improved(ref, q, beta=x.beta, temperature=config.temperature)
-        new = linear_logprob(h, policy.head.weight, y, mask=mask, ref=ref,
+        new = linear_logprob(h, policy.head.weight, idx[:, 1:], mask=mask, ref=ref,
                              temperature=config.temperature)
+        value = policy.values(idx[:, :-1], h)
+    loss_pi, info = policy_loss(new.logp, x.logp[rows], x.adv[rows], mask, clip=config.clip)
     loss_v = value_loss(value, x.value[rows], x.ret[rows], mask, clip=config.value_clip)
-    loss, info = config.value_coef * loss_v, {"value_loss": loss_v.detach()}
-    if q is not None:
-        Q = actions.action_values(q, y)
-        loss_q, explained = actions.regression(Q, adv * x.unit, mask)
-        loss = loss + config.value_coef * loss_q + x.beta / x.unit * masked_mean(new.kl, mask)
-        adv, info = adv - Q.detach() / x.unit, info | explained
-    elif config.kl_in_loss:
-        loss_kl = kl_loss(new.logp, x.logp_ref[rows], new.kl, mask, config, price=x.beta / x.unit)
-        loss, info = loss + loss_kl, info | {"kl_loss": loss_kl.detach()}
-    loss_pi, more = policy_loss(new.logp, x.logp[rows], adv, mask, clip=config.clip)
-    return (loss + loss_pi) * share * runtime.world, info | more
+    loss = loss_pi + config.value_coef * loss_v
+    if config.kl_in_loss:
+        loss_kl = kl_loss(new.logp, x.logp_ref[rows], new.kl, mask, config, price=x.price)
+        loss, info = loss + loss_kl, {"kl_loss": loss_kl.detach(), **info}
+    return loss * share * runtime.world, {"value_loss": loss_v.detach(), **info}

@@ -67,11 +67,6 @@ class TrainerConfig(ppo.PPOConfig):
                             f"--kl_per, {self.method} charges the KL by its own formula: leave "
                             "them out, or choose --method ppo")
 
-    def foresees(self, beta: float) -> bool:
-        """Whether the critic has action values: PPO's own, at a price, with the default's KL."""
-        return (self.action_values and self.method == "ppo" and self.critic_layers > 0 and beta > 0
-                and self.kl_choice == KLConfig().kl_choice)
-
     @property
     def kl_placement(self) -> str:
         """Where the method charges the KL, and what it follows there."""

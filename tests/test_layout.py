@@ -16,9 +16,9 @@ RANK = {
     "metrics": 0, "figures": 0, "ngrams": 0, "data": 1, "judgements": 1, "training": 1, "gpt": 1,
     "bert": 1, "generate": 1, "report": 3, "throughput": 1, "bench": 1, "ngram_embedding": 0,
     "corpus": 2, "agreement": 2, "bench_logprob": 2, "bench_bpe": 2, "bench_generate": 2,
-    "exact": 1, "bayes": 2, "frontier": 3, "reward": 2, "kl": 2, "actions": 0, "ppo": 3,
-    "kl_table": 4, "shaping": 4, "evaluation": 5, "comparisons": 6, "trainers": 4, "samplers": 6,
-    "smc": 7, "posterior": 8,
+    "exact": 1, "bayes": 2, "frontier": 3, "reward": 2, "kl": 2, "ppo": 3, "kl_table": 4,
+    "shaping": 4, "evaluation": 5, "comparisons": 6, "trainers": 4, "samplers": 6, "smc": 7,
+    "posterior": 8,
     "bench_pretrain": 3, "bench_scaling": 4, "bench_ppo": 6, "bench_objective": 7, "__main__": 9,
 }  # fmt: skip
 MODULES = sorted((ROOT / "nanokl").glob("*.py"))
