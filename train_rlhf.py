@@ -103,6 +103,7 @@ class PPOFlags(Flags, trainers.TrainerConfig):
     lr: float = 4e-4
     muon_lr: float = 4e-4
     weight_decay: float = 0.0
+    momentum: float = 0.5  # of both optimisers; gradients of older policies overshoot
     n_epoch: int = 1  # passes over each batch; fresh episodes are cheap here
     lam: float = 0.5  # GAE; small, since shaping leaves little for later tokens to say
     shaping: bool = True  # each token is paid by what it adds to the guess of the text's score
@@ -192,6 +193,14 @@ def train_reward(flags: RewardFlags) -> None:
         runtime.barrier()
         report = finish_reward(flags, tokenizer, val, test, yardstick, runtime)
         log.close({"best_step": best["step"], "steps": start, "seed": flags.seed, **report})
+
+
+def policy_optimizers(policy: GPT, flags: PPOFlags, runtime) -> list[torch.optim.Optimizer]:
+    """The policy's, and the critic's at rates of its own."""
+    return optim.make_optimizers(policy, lr=flags.lr, muon_lr=flags.muon_lr,
+                                 betas=(flags.momentum, 0.95), momentum=flags.momentum,
+                                 weight_decay=flags.weight_decay, dtype=runtime.dtype,
+                                 speed=dict.fromkeys(("critic.", "value."), flags.critic_lr))
 
 
 def ppo_batch(stage: Stage, model, policy: GPT, optimizers, docs, step: int, beta: float) -> dict:
@@ -287,10 +296,7 @@ def train_ppo(flags: PPOFlags) -> None:
     critic = flags.method == "ppo"
     policy = ppo.make_policy(ref, critic_layers=flags.critic_layers if critic else 0)
     policy.value.requires_grad_(critic)
-    optimizers = optim.make_optimizers(policy, lr=flags.lr, muon_lr=flags.muon_lr,
-                                       betas=(0.9, 0.95), dtype=runtime.dtype,
-                                       weight_decay=flags.weight_decay,
-                                       speed=dict.fromkeys(("critic.", "value."), flags.critic_lr))
+    optimizers = policy_optimizers(policy, flags, runtime)
     controller = ppo.BetaController(flags.beta, flags.kl_target)
     start, first, judge = 0, {}, None
     if training.open_run(flags, runtime):

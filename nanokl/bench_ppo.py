@@ -119,13 +119,12 @@ def nanokl_ppo(case: dict, ref: GPT, reward: Callable[[Tensor], Tensor], *, dtyp
     flags = train_rlhf.PPOFlags(
         data=Path(), out=Path(), policy=Path(), reward="", steps=steps, batch=case["batch"],
         minibatch=case["batch"], n_epoch=case["epochs"], beta=case["beta"], lr=lr, muon_lr=lr,
-        lam=0.95, shaping=False,  # the peers have no shaping
+        lam=0.95, shaping=False, critic_lr=1.0,  # the peers have no shaping
         max_prompt=case["prompt"] - 1, max_new_tokens=case["new"], seed=seed)
     score = lambda ids, _texts: reward(torch.tensor(ids, device=ref.head.weight.device))  # noqa: E731
     stage = FixedPrompts(flags, runtime, Ids(), ref.requires_grad_(False), score, seed)
     policy = ppo.make_policy(ref, critic_layers=critic_layers)
-    optimizers = optim.make_optimizers(policy, lr=lr, muon_lr=lr, betas=(0.9, 0.95),
-                                       weight_decay=0.0, dtype=runtime.dtype)
+    optimizers = train_rlhf.policy_optimizers(policy, flags, runtime)
     docs, step = prompts(case), itertools.count(1)
 
     def run() -> dict:

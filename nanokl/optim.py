@@ -77,19 +77,21 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model: nn.Module, *, lr: float, muon_lr: float, weight_decay: float,
-                    betas: tuple[float, float], dtype: torch.dtype = torch.float32,
+                    betas: tuple[float, float], momentum: float = 0.95,
+                    dtype: torch.dtype = torch.float32,
                     speed: dict[str, float] | None = None) -> list[torch.optim.Optimizer]:
     """Muon for matrices in `blocks.`, AdamW for the rest (1-D: no decay); UserError: bad values.
 
-    `speed`: what parameters whose names start so have their rates multiplied by.
+    `momentum` is Muon's, `betas` are AdamW's; `speed`: what parameters whose names start so have
+    their rates multiplied by.
     """
     for name, value in (("lr", lr), ("muon_lr", muon_lr)):
         if not 0 < value < math.inf:
             raise UserError(f"{name} is {value}: give a number above 0, such as 0.003")
     if not 0 <= weight_decay < math.inf:
         raise UserError(f"weight_decay is {weight_decay}: give 0 or more")
-    if not all(0 <= beta < 1 for beta in betas):
-        raise UserError(f"betas are {betas}: give two numbers from 0 to below 1")
+    if not all(0 <= beta < 1 for beta in (*betas, momentum)):
+        raise UserError(f"betas are {betas}, momentum is {momentum}: give 0 to below 1 each")
     by_split, by_decay = {}, {}  # and by speed
     for name, p in model.named_parameters():  # a tied weight comes once
         fast = next((x for start, x in (speed or {}).items() if name.startswith(start)), 1.0)
@@ -104,7 +106,8 @@ def make_optimizers(model: nn.Module, *, lr: float, muon_lr: float, weight_decay
              for (fast, flat), ps in sorted(by_decay.items(), key=lambda x: x[0])]
     optimizers = []
     if muon:
-        optimizers.append(Muon(muon, muon_lr, weight_decay=weight_decay, dtype=dtype))
+        optimizers.append(Muon(muon, muon_lr, weight_decay=weight_decay, momentum=momentum,
+                               dtype=dtype))
     if adamw:
         fused = all(p.device.type in ("cpu", "cuda") for group in adamw for p in group["params"])
         optimizers.append(torch.optim.AdamW(adamw, lr=lr, betas=betas, fused=fused))

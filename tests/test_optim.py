@@ -186,6 +186,8 @@ def test_each_parameter_goes_to_its_optimizer():
         {b + v for b in blocks for v in ("norm.weight", "norm.bias", "qkv.bias", "proj.bias")},
     ]
     assert [g["split"] for g in muon.param_groups] == [3, 1]
+    assert [g["momentum"] for g in muon.param_groups] == [0.95, 0.95]
+    assert make_optimizers(net, **OPTIONS, momentum=0.7)[0].param_groups[0]["momentum"] == 0.7
     assert [g["weight_decay"] for g in (*muon.param_groups, *adamw.param_groups)] == [.1, .1, .1, 0]
     assert all(g["initial_lr"] == g["lr"] == 0.02 for g in muon.param_groups)
     assert all(g["initial_lr"] == g["lr"] == 0.003 for g in adamw.param_groups)
@@ -242,6 +244,7 @@ def test_state_dict_round_trip_is_bit_for_bit(dtype, tmp_path):
 @pytest.mark.parametrize("change", [
     {"lr": 0.0}, {"lr": -1.0}, {"lr": math.nan}, {"lr": math.inf}, {"muon_lr": 0.0},
     {"weight_decay": -0.1}, {"weight_decay": math.nan}, {"betas": (0.9, 1.0)}, {"betas": (-1, 0.9)},
+    {"momentum": 1.0}, {"momentum": -0.1},
 ])
 def test_bad_values_are_one_line(change):
     with pytest.raises(UserError, match=next(iter(change))) as error:
