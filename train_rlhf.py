@@ -36,6 +36,7 @@ from nanokl.comparisons import (
 )
 from nanokl.evaluation import Stage, compare, load_gpt, pretrained, prompt_docs
 from nanokl.gpt import GPT
+from nanokl.kl import BetaController
 from nanokl.posterior import Ruler, brief, check_samples, whole_account
 from nanokl.tokenizer import Tokenizer
 
@@ -106,6 +107,7 @@ class PPOFlags(Flags, trainers.TrainerConfig):
     momentum: float = 0.5  # of both optimisers; gradients of older policies overshoot
     n_epoch: int = 1  # passes over each batch; fresh episodes are cheap here
     lam: float = 0.5  # GAE; small, since shaping leaves little for later tokens to say
+    worth: bool = True  # what a token adds by itself is learnt of all tokens, drawn or not
     shaping: bool = True  # each token is paid by what it adds to the guess of the text's score
     critic_lr: float = 5.0  # the critic's own rates, times lr and muon_lr
     beta: float = 0.1  # price of one nat of KL, in units of the reward
@@ -211,9 +213,11 @@ def ppo_batch(stage: Stage, model, policy: GPT, optimizers, docs, step: int, bet
     sampler = stage.ref if flags.method == "sft" else policy
     rollout = stage.rollouts(sampler, [p for p in prompts for _ in range(flags.group)], rng)
     minibatches = stage.minibatches(flags.batch, rng, flags.group)
-    shares = stage.shares(*rollout) if flags.method == "ppo" and flags.shaping else None
+    credit = {}
+    if flags.method == "ppo" and flags.shaping:
+        credit = {"shares": stage.shares(*rollout), "worth": stage.worth}
     x = trainers.collect(policy, stage.ref, *rollout, minibatches, flags, runtime, beta=beta,
-                         shares=shares)
+                         **credit)
     row = {**batch_metrics(x, beta), **stage.gold_mean(rollout[0])}
     if sampler is not policy:  # x does not show what the policy says
         rollout, order = stage.rollouts(policy, prompts, rng), stage.minibatches(len(prompts), rng)
@@ -297,11 +301,12 @@ def train_ppo(flags: PPOFlags) -> None:
     policy = ppo.make_policy(ref, critic_layers=flags.critic_layers if critic else 0)
     policy.value.requires_grad_(critic)
     optimizers = policy_optimizers(policy, flags, runtime)
-    controller = ppo.BetaController(flags.beta, flags.kl_target)
+    controller = BetaController(flags.beta, flags.kl_target)
     start, first, judge = 0, {}, None
     if training.open_run(flags, runtime):
         state = training.load_last(flags.out, policy, optimizers, tokenizer=tokenizer)
         start, controller.beta, first = state["step"], state["beta"], state["first"]
+    stage.worth = stage.token_worth(docs) if flags.uses_worth(flags.beta) else None
     model = runtime.wrap(policy)
     log = metrics.Log(flags.out, total=flags.steps, unit="batch", is_main=runtime.is_main,
                       resume_step=start, warning=flags.kl_warning)

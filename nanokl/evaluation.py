@@ -14,7 +14,7 @@ from nanokl.judgements import Judgements
 from nanokl.metrics import distinct_n, mean_se
 from nanokl.reward import RewardFunction
 from nanokl.runtime import Runtime, generator
-from nanokl.shaping import score_shares
+from nanokl.shaping import score_shares, token_worth
 from nanokl.tokenizer import Tokenizer
 
 
@@ -62,6 +62,7 @@ class Stage:
     seed: int
     gold: RewardFunction | None = None  # what no policy is trained on
     guess: RewardFunction | None = None  # the score of a text that is not done, for shaping
+    worth: Tensor | None = None  # (V,) what each token adds to that guess on average
 
     def prompts(self, docs, n: int, rng) -> list[list[int]]:
         stop = self.tokenizer.special("<|endoftext|>")
@@ -84,6 +85,15 @@ class Stage:
     def shares(self, rollout, score: Tensor) -> Tensor:
         """Each token's share of the score, (B, T-1)."""
         return score_shares(self.guess, rollout, score, self.tokenizer, self.runtime)
+
+    def token_worth(self, docs, most: int = 1 << 17) -> Tensor:
+        """What each token adds to a guess, mean over texts of the reference, each cut somewhere."""
+        V, rng = self.ref.config.vocab_size, generator(self.seed, "worth")
+        prompts = self.prompts(docs, max(1, most // V), rng)
+        rollout = self.rollouts(self.ref, prompts, rng)[0]
+        prefixes = [row[: int(torch.randint(len(prompt), len(row), (1,), generator=rng))]
+                    for row, prompt in zip(rollout.rows(), prompts, strict=True)]
+        return token_worth(self.guess, prefixes, V, self.tokenizer).to(self.runtime.device)
 
     def minibatches(self, n: int, rng, group: int = 1) -> list[Tensor]:
         """A shuffled epoch of row numbers, groups of rows side by side kept whole.

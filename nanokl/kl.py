@@ -140,3 +140,17 @@ def kl_loss(logp: Tensor, logp_ref: Tensor, kl: Tensor | None, mask: Tensor, how
     """The KL as a term of the loss, differentiable in logp and kl; a price, or one each row."""
     nats = estimates(logp, logp_ref, kl, mask, how)
     return (price * nats).sum() / mask.sum().clamp(min=1)
+
+
+@dataclass
+class BetaController:
+    """Fixed beta, or Ziegler's: beta *= 1 + clip(kl/target - 1, +-.2) n / horizon."""
+
+    beta: float
+    target: float | None = None  # nats per sequence; None keeps beta fixed
+    horizon: float = 10_000.0  # episodes
+
+    def update(self, kl_nats_per_sequence: float, n_episodes: int) -> None:
+        if self.target is not None:
+            error = min(max(kl_nats_per_sequence / self.target - 1, -0.2), 0.2)
+            self.beta *= 1 + error * n_episodes / self.horizon

@@ -30,8 +30,14 @@ PIECES = 1 << 13  # rows that the pieces of an encoder's words share
 HASHES = 1 << 32  # of a million n-grams one in 4,000 shares its hash with another
 
 
+@lru_cache(1 << 17)
 def _hash(text: str) -> int:
     return crc32(text.encode("utf-8", "replace"))
+
+
+@lru_cache(1 << 17)
+def _pair(a: str, b: str) -> int:
+    return crc32(f"{a} {b}".encode("utf-8", "replace"))
 
 
 def _pieces(w):
@@ -48,12 +54,12 @@ def _word(word: str) -> list[int]:
 def _text(text: str, tokens: tuple[int, ...]) -> np.ndarray:
     """The hashes of a text's distinct n-grams, in order, int64."""
     words, units = WORD.findall(text.lower()), [f"@{token}" for token in tokens]
-    pairs = (f"{a} {b}" for row in (["^", *words, "$"], units) for a, b in pairwise(row))
     denied = (f"¬{b}" for i, a in enumerate(words) if a in NEGATION or a.endswith("n't")
               for b in words[i + 1 : i + 4])
-    hashes = {h for word in words for h in _word(word)}
-    hashes.update(map(_hash, (*units, *pairs, *denied)))
-    return np.array(sorted(hashes), np.int64)
+    hashes = {*map(_hash, units), *map(_hash, denied)}.union(*map(_word, words))
+    for row in (["^", *words, "$"], units):
+        hashes.update(map(_pair, row, row[1:]))
+    return np.sort(np.fromiter(hashes, np.int64, len(hashes)))
 
 
 _kept = lru_cache(1 << 15)(_text)
@@ -157,9 +163,16 @@ class NgramScore(nn.Module):
 
     def forward(self, hashes: Tensor, start: Tensor, domain: Tensor) -> Tensor:
         """(N,), (B,) of `ngrams` and (B,) -> (B,)."""
-        length = torch.diff(start, append=start.new_tensor([len(hashes)]))
+        return self.score(self.look_up(hashes), start, domain)
+
+    def look_up(self, hashes: Tensor) -> Tensor:
+        """The places of n-grams (N,) among the known ones, 0 for others."""
         ids = torch.searchsorted(self.known, hashes).clamp(max=len(self.known) - 1)
-        ids = torch.where(self.known[ids] == hashes, ids, 0)
+        return torch.where(self.known[ids] == hashes, ids, 0)
+
+    def score(self, ids: Tensor, start: Tensor, domain: Tensor) -> Tensor:
+        """(N,) of `look_up`, starts (B,) and (B,) -> (B,)."""
+        length = torch.diff(start, append=start.new_tensor([len(ids)]))
         text = torch.arange(len(start), device=ids.device).repeat_interleave(length)
         n = torch.zeros_like(start).index_add(0, text, (ids > 0).long())
         share = self.drop((n + 1).rsqrt()[text] * (ids > 0))  # (N,)

@@ -6,7 +6,7 @@ Ziegler et al. arXiv:1909.08593; Schulman et al. arXiv:1707.06347. Left out: rew
 response, a critic that starts from other weights than the reference's.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ class PPOConfig(SamplingConfig, KLConfig):
     critic_layers: int = 2  # of the critic's own trunk, at most the policy's; 0: it shares that one
     critic_lr: float = 1.0  # the critic's own rates, times lr and muon_lr
     shaping: bool = False  # each token is paid by what it adds to the guess of the text's score
+    worth: bool = False  # what a token adds by itself is learnt of all tokens, drawn or not
 
     def __post_init__(self):
         SamplingConfig.__post_init__(self)
@@ -76,8 +77,10 @@ class Experience:
     value: Tensor  # (B, T-1)
     adv: Tensor  # (B, T-1) whitened
     ret: Tensor  # (B, T-1)
-    price: Tensor | float = 0.0  # of a nat in the loss: beta in the units of adv
+    unit: Tensor | float = 1.0  # of adv, in reward: its sd before it was whitened
+    beta: float = 0.0  # price of a nat, in reward
     ref: GPT | None = None  # where the loss has the exact KL, which needs its hidden states
+    worth: Tensor | None = None  # (V,) of each token, in reward
 
 
 # reward_t = -beta k1_t + [t last] score,  k1_t = logp_t - logp_ref_t.
@@ -152,20 +155,6 @@ def value_loss(value: Tensor, value_old: Tensor, ret: Tensor, mask: Tensor, *,
     return 0.5 * masked_mean(torch.maximum((value - ret).square(), (near - ret).square()), mask)
 
 
-@dataclass
-class BetaController:
-    """Fixed beta, or Ziegler's: beta *= 1 + clip(kl/target - 1, +-.2) n / horizon."""
-
-    beta: float
-    target: float | None = None  # nats per sequence; None keeps beta fixed
-    horizon: float = 10_000.0  # episodes
-
-    def update(self, kl_nats_per_sequence: float, n_episodes: int) -> None:
-        if self.target is not None:
-            error = min(max(kl_nats_per_sequence / self.target - 1, -0.2), 0.2)
-            self.beta *= 1 + error * n_episodes / self.horizon
-
-
 def draw_prompts(docs: list[list[int]], n: int, config: SamplingConfig, *, start: int,
                  rng: torch.Generator) -> list[list[int]]:
     """n prompts: `start` and the first few tokens of a random text, of ragged length.
@@ -190,8 +179,8 @@ def make_policy(ref: GPT, *, critic_layers: int = 0) -> GPT:
     With none, the value head reads the policy's hidden states, and its gradient disturbs them.
     """
     critic_layers = min(critic_layers, ref.config.n_layer)
-    policy = GPT(GPT.Config(**{**vars(ref.config), "value_head": True, "dropout": 0.0,
-                               "ngram_dropout": 0.0, "critic_layers": critic_layers}))
+    policy = GPT(replace(ref.config, value_head=True, dropout=0.0, ngram_dropout=0.0,
+                         critic_layers=critic_layers))
     # A reference that PPO made has a critic too: it valued another reward.
     weights = {k: x for k, x in ref.state_dict().items() if not k.startswith(("value.", "critic."))}
     missing, extra = policy.load_state_dict(weights, strict=False)
@@ -256,20 +245,23 @@ def measure(policy: GPT, ref: GPT, rollout: Rollout, minibatches: list[Tensor],
 
 
 def collect(policy: GPT, ref: GPT, rollout: Rollout, score: Tensor, minibatches: list[Tensor],
-            config: PPOConfig, runtime, *, beta: float, shares: Tensor | None = None) -> Experience:
-    """Measured rollouts with their advantages, whitened over the batch; shares: of shaping.py."""
+            config: PPOConfig, runtime, *, beta: float, shares: Tensor | None = None,
+            worth: Tensor | None = None) -> Experience:
+    """Measured rollouts with their advantages, whitened; shares (B, T-1), worth (V,): shaping.py.
+
+    With `worth` the KL of a token's own step is not in its advantage, but in the loss, exactly.
+    """
     logp, logp_ref, kl, entropy, value = measure(policy, ref, rollout, minibatches, config, runtime)
     mask = rollout.mask
     nats = paid_in_reward(logp, logp_ref, kl, mask, config)
     paid = score if shares is None else shares
     reward = kl_penalised_reward(logp, logp_ref, paid, mask, beta=beta, nats=nats)
     adv, ret = gae(reward, value, mask, gamma=config.gamma, lam=config.lam)
-    white = masked_whiten(adv, mask)
-    x = Experience(rollout, score, logp, logp_ref, kl, entropy, value, white, ret)
-    if config.kl_in_loss:
-        x.price = beta * masked_scale(adv, mask)
-        x.ref = ref if config.kl_estimator == "exact" else None
-    return x
+    if worth is not None:
+        adv = adv + beta * nats * mask - worth[rollout.idx[:, 1:]] * mask
+    exact = worth is not None or (config.kl_in_loss and config.kl_estimator == "exact")
+    return Experience(rollout, score, logp, logp_ref, kl, entropy, value, masked_whiten(adv, mask),
+                      ret, 1 / masked_scale(adv, mask), beta, ref if exact else None, worth)
 
 
 def minibatch_loss(model, policy: GPT, x: Experience, rows: Tensor, config: PPOConfig,
@@ -282,18 +274,23 @@ def minibatch_loss(model, policy: GPT, x: Experience, rows: Tensor, config: PPOC
     share = x.rollout.mask[runtime.shard(rows)].sum() / x.rollout.mask[rows].sum()
     rows = runtime.shard(rows)
     idx, mask = x.rollout.idx[rows], x.rollout.mask[rows]
+    price = x.beta / x.unit  # of a nat, in the units of adv
     with runtime.autocast():
         h, ref = model(idx)[:, :-1], None
         if x.ref is not None:
             with torch.no_grad():
                 ref = x.ref(idx)[:, :-1], x.ref.head.weight
+        if x.worth is not None:
+            ref = *ref, config.temperature / x.beta * x.worth
         new = linear_logprob(h, policy.head.weight, idx[:, 1:], mask=mask, ref=ref,
                              temperature=config.temperature)
         value = policy.values(idx[:, :-1], h)
     loss_pi, info = policy_loss(new.logp, x.logp[rows], x.adv[rows], mask, clip=config.clip)
     loss_v = value_loss(value, x.value[rows], x.ret[rows], mask, clip=config.value_clip)
     loss = loss_pi + config.value_coef * loss_v
-    if config.kl_in_loss:
-        loss_kl = kl_loss(new.logp, x.logp_ref[rows], new.kl, mask, config, price=x.price)
+    if x.worth is not None:  # the sum over the vocabulary in shaping.py
+        loss = loss + price * masked_mean(new.kl, mask)
+    elif config.kl_in_loss:
+        loss_kl = kl_loss(new.logp, x.logp_ref[rows], new.kl, mask, config, price=price)
         loss, info = loss + loss_kl, {"kl_loss": loss_kl.detach(), **info}
     return loss * share * runtime.world, {"value_loss": loss_v.detach(), **info}

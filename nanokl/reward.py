@@ -179,8 +179,10 @@ class RewardModel(nn.Module):
             few, at = texts[i : i + batch], domain[i : i + batch]
             block_size = self.config.trunk_config["block_size"]
             idx, mask = text_batch(tokenizer, few, block_size=block_size)
-            grams = [x.to(self.gain.device) for x in (*ngrams(few, idx, mask, at.tolist()), at)]
-            parts.append(sum(member.linear(*grams) for member in self.members))
+            hashes, *rest = (x.to(self.gain.device)
+                             for x in (*ngrams(few, idx, mask, at.tolist()), at))
+            ids = self.members[0].linear.look_up(hashes)  # all members know the same n-grams
+            parts.append(sum(member.linear.score(ids, *rest) for member in self.members))
         mean = torch.cat(parts) / len(self.members)
         return (self.gain * self.v.sum() * mean + self.bias).cpu()
 

@@ -1,12 +1,23 @@
 """Credit for each token: how much more the text so far promises with it than without.
 
     reward_t = -beta k1_t + Phi(y_<=t) - Phi(y_<t),        Phi(whole text) = score
+    worth(a) = mean over texts s, cut somewhere, of Phi(sa) - Phi(s)
 
 Phi guesses a text's score while it is being written. Whatever it says, the shares of a response add
 up to its score, less the same Phi(prompt) for all responses to a prompt: objective and posterior
 stay what they are, and the critic has only the rest to learn, V(s) - Phi(s). Potential-based
 shaping (Ng, Harada & Russell 1999). Left out: gamma below 1, where Phi of the longer text would
 have to be discounted.
+
+Whatever the worth says,
+
+    grad J = E sum_t [ sum_a grad pi(a | s_t) (worth(a) - beta log pi(a | s_t) / ref(a | s_t))
+                       + (adv_t - worth(y_t)) grad log pi(y_t | s_t) ]
+
+where adv_t pays for the KL of later tokens alone, and the first sum is -beta times the gradient of
+KL(pi || ref exp(worth / beta) / z), of one step: what tokens are worth by themselves is learnt of
+all of them at every step, and what was drawn tells the rest. Expected policy gradients,
+arXiv:1706.05374; a baseline that knows the action, arXiv:1611.02247. ppo.py has the loss.
 """
 
 import torch
@@ -33,3 +44,11 @@ def score_shares(potential: RewardFunction, rollout: Rollout, score: Tensor, tok
     last = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(1)
     after[torch.arange(len(after)), last] = score
     return runtime.gather((after - before) * mask)
+
+
+def token_worth(potential: RewardFunction, prefixes: list[list[int]], vocab_size: int,
+                tokenizer) -> Tensor:
+    """What each token adds to a text on average, (V,), in units of the score."""
+    texts = [[*prefix, a] for prefix in prefixes for a in range(vocab_size)]
+    after = ppo.score_ids(potential, texts, tokenizer).view(len(prefixes), -1)  # (n, V)
+    return (after - ppo.score_ids(potential, prefixes, tokenizer)[:, None]).mean(0)

@@ -67,6 +67,11 @@ class TrainerConfig(ppo.PPOConfig):
                             f"--kl_per, {self.method} charges the KL by its own formula: leave "
                             "them out, or choose --method ppo")
 
+    def uses_worth(self, beta: float) -> bool:
+        """It goes with shaping, and with a price and place for a token's own KL in the loss."""
+        return (self.worth and self.shaping and self.method == "ppo" and beta > 0
+                and self.kl_choice == KLConfig().kl_choice)
+
     @property
     def kl_placement(self) -> str:
         """Where the method charges the KL, and what it follows there."""
@@ -152,8 +157,7 @@ def dpo_loss(log_ratio: Tensor, score: Tensor, *, beta: float) -> Tensor:
 
 
 def collect(policy: GPT, ref: GPT, rollout: Rollout, score: Tensor, minibatches: list[Tensor],
-            config: TrainerConfig, runtime, *, beta: float,
-            shares: Tensor | None = None) -> ppo.Experience:
+            config: TrainerConfig, runtime, *, beta: float, **shaping: Tensor) -> ppo.Experience:
     """Measured rollouts with the method's advantages, `group` rows of each prompt side by side.
 
     dpo has none; those of sft are weights. dpg's weights end at K, which is as large as a weight
@@ -161,7 +165,7 @@ def collect(policy: GPT, ref: GPT, rollout: Rollout, score: Tensor, minibatches:
     """
     if config.method == "ppo":
         return ppo.collect(policy, ref, rollout, score, minibatches, config, runtime, beta=beta,
-                           shares=shares)
+                           **shaping)
     measured = ppo.measure(policy, ref, rollout, minibatches, config, runtime)
     logp, logp_ref, kl, entropy, value = measured
     r = score.view(-1, config.group)

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from nanokl import UserError
 from nanokl.generate import Rollout
 from nanokl.gpt import GPT
+from nanokl.kl import BetaController
 from nanokl.ppo import (
-    BetaController,
     Experience,
     PPOConfig,
     SamplingConfig,

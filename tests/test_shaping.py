@@ -1,14 +1,21 @@
-"""Shares of a score: against loops, sums, and the exact world, where they may not move grad J."""
+"""Shares of a score, and each token's worth: loops, sums, exact worlds, where grad J may not move.
 
+The world of 170 texts is that of test_ppo.py.
+"""
+
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import test_ppo
 import torch
+from test_ppo import CONFIG, CPU, PROMPTS, V, everything, gradient, log_p, make_ref, nudge, scores
 
 from nanokl import UserError, exact, ppo
 from nanokl.generate import Rollout
-from nanokl.runtime import Runtime
-from nanokl.shaping import score_shares
+from nanokl.runtime import Runtime, generator
+from nanokl.shaping import score_shares, token_worth
+from nanokl.trainers import TrainerConfig
 
 STOP = 0
 TOKENIZER = SimpleNamespace(special=lambda name: STOP,
@@ -115,3 +122,81 @@ def test_shaping_leaves_the_policy_gradient_as_it_is():
 def test_shaping_is_for_gamma_1():
     with pytest.raises(UserError, match="gamma is 0.9: shaping needs 1"):
         ppo.PPOConfig(shaping=True, gamma=0.9)
+
+
+def test_worth_is_what_a_token_adds_on_average():
+    """One prefix and one token after the other; the stop token is no part of a text."""
+    prefixes = [[STOP, 3, 1], [STOP, 2], [4, 4, 4, 1]]
+    worth = token_worth(reward, prefixes, 7, TOKENIZER)
+    for a in range(7):
+        added = [reward([], [" ".join(map(str, [i for i in [*p, a] if i != STOP]))])[0]
+                 - reward([], [" ".join(map(str, [i for i in p if i != STOP]))])[0]
+                 for p in prefixes]
+        assert worth[a].item() == pytest.approx(sum(added) / 3, abs=1e-5)
+    assert worth[STOP] == 0 < worth[6]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("size", [0.0, 0.3, 3.0])
+def test_worth_leaves_the_policy_gradient_as_it_is_whatever_it_says(temperature, size):
+    """Each response as a minibatch of its own, weighed by its probability and its tokens.
+
+    A part that is left out shows: the sampled advantage, or the tilt of the reference.
+    """
+    ref, world, beta = make_ref(), everything(), 0.5
+    policy, how = nudge(ppo.make_policy(ref)), replace(CONFIG, lam=1.0, value_coef=0.0,
+                                                       temperature=temperature)
+    worth = size * torch.randn(V, generator=generator(3))
+    x = ppo.collect(policy, ref, world, scores(world), [torch.arange(170)], how, CPU, beta=beta,
+                    worth=worth)
+    weight = log_p(policy, world, temperature).detach().exp() * world.mask.sum(1) / len(PROMPTS)
+
+    def miss(x):
+        losses = [ppo.minibatch_loss(policy, policy, x, torch.tensor([i]), how, CPU)[0]
+                  for i in range(170)]
+        follows = -gradient((torch.stack(losses) * weight).sum(), policy) * x.unit
+        return ((follows - expected).norm() / expected.norm()).item()
+
+    expected = gradient(test_ppo.exact(policy, ref, beta, temperature)["objective"], policy)
+    assert miss(x) < 2e-5
+    assert miss(replace(x, adv=0 * x.adv)) > 0.1
+    assert size == 0 or miss(replace(x, worth=0 * worth)) > 0.1
+
+
+def test_worth_takes_the_noise_of_the_draw_away():
+    """A score that is a sum over tokens, and their worth known: with a critic that knows the rest
+    nothing is left to be learnt from which token was drawn, and only states scatter."""
+    ref, how, beta = make_ref(), replace(CONFIG, lam=0.0), 0.5
+    policy, each = ppo.make_policy(ref), torch.tensor([0.0, 2.0, -1.0, 0.5, -2.0])
+    scatter = []
+    for worth in (each, 0 * each):
+        grads = []
+        for step in range(40):
+            rollout = ppo.sample_rollouts(policy, PROMPTS * 32, how, CPU, stop=STOP,
+                                          rng=generator(2, step))
+            shares = each[rollout.idx[:, 1:]] * rollout.mask
+            x = ppo.collect(policy, ref, rollout, shares.sum(1), [torch.arange(64)], how, CPU,
+                            beta=beta, shares=shares, worth=worth)
+            loss, _ = ppo.minibatch_loss(policy, policy, x, torch.arange(64), how, CPU)
+            grads.append(gradient(loss, policy) * x.unit)
+        scatter.append(torch.stack(grads).var(0).sum().item())
+    assert scatter[0] < 0.5 * scatter[1], scatter
+
+
+def test_with_worth_two_ranks_average_to_the_gradient_of_one():
+    ref = make_ref()
+    policy = nudge(ppo.make_policy(ref))
+    rollout = ppo.sample_rollouts(policy, PROMPTS * 8, CONFIG, CPU, stop=STOP, rng=generator(1))
+    x = ppo.collect(policy, ref, rollout, scores(rollout), [torch.arange(16)], CONFIG, CPU,
+                    beta=0.3, worth=torch.randn(V, generator=generator(4)))
+    rows = torch.arange(15)
+    one, *two = (gradient(ppo.minibatch_loss(policy, policy, x, rows, CONFIG, runtime)[0], policy)
+                 for runtime in (CPU, replace(CPU, world=2), replace(CPU, rank=1, world=2)))
+    torch.testing.assert_close(sum(two) / 2, one, rtol=0, atol=1e-6)
+
+
+def test_where_a_run_uses_worth():
+    uses = lambda beta=0.1, **flags: TrainerConfig(  # noqa: E731
+        **{"worth": True, "shaping": True, **flags}).uses_worth(beta)
+    assert uses() and not uses(worth=False) and not uses(shaping=False) and not uses(beta=0.0)
+    assert not uses(method="rloo") and not uses(kl_estimator="exact", kl_place="both")
