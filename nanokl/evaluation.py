@@ -87,9 +87,9 @@ class Stage:
         return score_shares(self.guess, rollout, score, self.tokenizer, self.runtime)
 
     def token_worth(self, docs, most: int = 1 << 17) -> Tensor:
-        """What each token adds to a guess, mean over texts of the reference, each cut somewhere."""
+        """What each token adds to a guess: mean over up to 16 of the reference's texts, cut."""
         V, rng = self.ref.config.vocab_size, generator(self.seed, "worth")
-        prompts = self.prompts(docs, max(1, most // V), rng)
+        prompts = self.prompts(docs, max(1, min(16, most // V)), rng)
         rollout = self.rollouts(self.ref, prompts, rng)[0]
         prefixes = [row[: int(torch.randint(len(prompt), len(row), (1,), generator=rng))]
                     for row, prompt in zip(rollout.rows(), prompts, strict=True)]

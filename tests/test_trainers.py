@@ -379,6 +379,7 @@ def train(stage: Stage, decay: float = 0.8) -> GPT:
     critic = flags.method == "ppo"
     policy = ppo.make_policy(stage.ref, critic_layers=int(critic))
     policy.value.requires_grad_(critic)
+    stage.worth = stage.token_worth([[1, 1]]) if flags.uses_worth(flags.beta) else None
     optimizers = train_rlhf.policy_optimizers(policy, flags, CPU)
     for step in range(1, flags.steps + 1):
         optim.set_lr(optimizers, optim.lr_scale(step - 1, flags.steps, warmup=2, decay=decay))
@@ -421,13 +422,13 @@ def test_training_reaches_the_posterior(method):
 def test_ppo_as_the_program_has_it_reaches_the_posterior():
     """Its own settings, with a rate that falls over half of the run: from 1.35 nats to below .02.
 
-    100 batches of 1,024 take 12 seconds of one core. With seeds 0 to 2 the gap was .007 to .010. A
+    100 batches of 1,024 take 12 seconds of one core. With seeds 0 to 2 the gap was .013 to .015. A
     critic that errs biases lam < 1; that cannot be seen here: at lam 1 and 0 it is much the same.
     """
     stage = start("ppo", batch=1024, n_epoch=1, steps=100, lr=1e-2)
     flags = stage.config
     assert (flags.lam, flags.shaping, flags.critic_lr, flags.clip) == (0.5, True, 5.0, 0.2)
-    assert flags.momentum == 0.5
+    assert flags.worth and flags.momentum == 0.5
     assert gap(stage.ref, stage) > 1.3
     assert 0 < gap(train(stage, decay=0.5), stage) < 0.02
 
