@@ -195,8 +195,10 @@ def test_with_worth_two_ranks_average_to_the_gradient_of_one():
     torch.testing.assert_close(sum(two) / 2, one, rtol=0, atol=1e-6)
 
 
-def test_where_a_run_uses_worth():
+def test_where_a_run_uses_worth_and_says_so():
     uses = lambda beta=0.1, **flags: TrainerConfig(  # noqa: E731
         **{"worth": True, "shaping": True, **flags}).uses_worth(beta)
     assert uses() and not uses(worth=False) and not uses(shaping=False) and not uses(beta=0.0)
     assert not uses(method="rloo") and not uses(kl_estimator="exact", kl_place="both")
+    own, plain = (TrainerConfig(worth=worth, shaping=True).kl_placement for worth in (True, False))
+    assert own == plain + "; of its own step exactly, in the loss"
