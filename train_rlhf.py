@@ -104,7 +104,7 @@ class PPOFlags(Flags, trainers.TrainerConfig):
     lr: float = 4e-4
     muon_lr: float = 4e-4
     weight_decay: float = 0.0
-    momentum: float = 0.5  # of both optimisers; gradients of older policies overshoot
+    momentum: float = 0.8  # of both optimisers; gradients of older policies overshoot
     n_epoch: int = 1  # passes over each batch; fresh episodes are cheap here
     lam: float = 0.5  # GAE; small, since shaping leaves little for later tokens to say
     worth: bool = True  # what a token adds by itself is learnt of all tokens, drawn or not
