@@ -28,7 +28,7 @@ PPO_main := --steps 200 --lr 2.5e-4 --muon_lr 2.5e-4 --posterior_prompts 8 --pos
 PPO_tiny := --steps 2 --batch 32 --minibatch 16 --n_eval 64 --posterior_prompts 2 --posterior_samples 64
 # The full run's second policy, whose KL costs four times as much: what is left is finer, and asks
 # for larger batches and lower rates. And steps that make each other method as long as PPO, 2 minutes.
-PPO_0.4 := --beta 0.4 --steps 90 --batch 512 --minibatch 128 --lr 2e-4 --muon_lr 2e-4 --posterior_prompts 8 --posterior_samples 2048 --eval_every 45
+PPO_0.4 := --beta 0.4 --momentum 0.5 --steps 90 --batch 512 --minibatch 128 --lr 2e-4 --muon_lr 2e-4 --posterior_prompts 8 --posterior_samples 2048 --eval_every 45
 TRAINER := --posterior_prompts 8 --posterior_samples 1024 --eval_every 1000
 STEPS_ppo := 58
 STEPS_rloo := 92
@@ -90,7 +90,7 @@ $(RUN)/reward/summary.json: | $(RUN)/gpt/summary.json $(RUN)/bert/summary.json
 	$(PY) train_rlhf.py reward --data $(DATA) --init $(RUN)/bert --policy $(RUN)/gpt --out $(RUN)/reward $(REWARD) $(call go_on,reward)
 
 # the full run goes to two posteriors, those of beta .1 and .4
-rlhf: $(RUN)/ppo/summary.json $(if $(filter main,$(BUDGET)),$(RUN)/ppo-0.4/summary.json) ## 37   PPO towards two posteriors, with what it needs (sum of parts)
+rlhf: $(RUN)/ppo/summary.json $(if $(filter main,$(BUDGET)),$(RUN)/ppo-0.4/summary.json) ## 39   PPO towards two posteriors, with what it needs (sum of parts)
 train_ppo = $(PY) train_rlhf.py ppo --data $(DATA) --policy $(RUN)/gpt --reward $(RUN)/reward --out $(RUN)/$(1) $(call go_on,$(1))
 $(RUN)/ppo/summary.json: | $(RUN)/reward/summary.json
 	$(call train_ppo,ppo) $(PPO)
