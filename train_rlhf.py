@@ -306,7 +306,6 @@ def train_ppo(flags: PPOFlags) -> None:
     if training.open_run(flags, runtime):
         state = training.load_last(flags.out, policy, optimizers, tokenizer=tokenizer)
         start, controller.beta, first = state["step"], state["beta"], state["first"]
-    stage.worth = stage.token_worth(docs) if flags.uses_worth(flags.beta) else None
     model = runtime.wrap(policy)
     log = metrics.Log(flags.out, total=flags.steps, unit="batch", is_main=runtime.is_main,
                       resume_step=start, warning=flags.kl_warning)
@@ -315,6 +314,7 @@ def train_ppo(flags: PPOFlags) -> None:
                  "highest reward: expect a collapse")
     # 2. Batches of rollouts, a few epochs of updates on each.
     with training.nothing_half_written(flags.out, runtime), log, rt.Interrupt() as interrupt:
+        stage.worth = stage.token_worth(docs) if flags.uses_worth(flags.beta) else None
         for step in range(start + 1, flags.steps + 1):
             optim.set_lr(optimizers, optim.lr_scale(step - 1, flags.steps, warmup=2, decay=0.5))
             row = ppo_batch(stage, model, policy, optimizers, docs, step, controller.beta)

@@ -86,10 +86,10 @@ class Stage:
         """Each token's share of the score, (B, T-1)."""
         return score_shares(self.guess, rollout, score, self.tokenizer, self.runtime)
 
-    def token_worth(self, docs, most: int = 1 << 17) -> Tensor:
-        """What each token adds to a guess: mean over up to 16 of the reference's texts, cut."""
+    def token_worth(self, docs, most: int = 1 << 16) -> Tensor:
+        """What each token adds to a guess: mean over up to 8 of the reference's texts, cut."""
         V, rng = self.ref.config.vocab_size, generator(self.seed, "worth")
-        prompts = self.prompts(docs, max(1, min(16, most // V)), rng)
+        prompts = self.prompts(docs, max(1, min(8, most // V)), rng)
         rollout = self.rollouts(self.ref, prompts, rng)[0]
         prefixes = [row[: int(torch.randint(len(prompt), len(row), (1,), generator=rng))]
                     for row, prompt in zip(rollout.rows(), prompts, strict=True)]
