@@ -89,7 +89,8 @@ class Stage:
     def token_worth(self, docs, most: int = 1 << 16) -> Tensor:
         """What each token adds to a guess: mean over up to 8 of the reference's texts, cut."""
         V, rng = self.ref.config.vocab_size, generator(self.seed, "worth")
-        prompts = self.prompts(docs, max(1, min(8, most // V)), rng)
+        n = max(1, min(8, most // V))
+        prompts = self.prompts(docs, n + -n % self.runtime.world, rng)  # ranks have equal shares
         rollout = self.rollouts(self.ref, prompts, rng)[0]
         prefixes = [row[: int(torch.randint(len(prompt), len(row), (1,), generator=rng))]
                     for row, prompt in zip(rollout.rows(), prompts, strict=True)]
