@@ -106,7 +106,7 @@ class PPOFlags(Flags, trainers.TrainerConfig):
     weight_decay: float = 0.0
     momentum: float = 0.8  # of both optimisers; gradients of older policies overshoot
     n_epoch: int = 1  # passes over each batch; fresh episodes are cheap here
-    lam: float = 0.5  # GAE; small, since shaping leaves little for later tokens to say
+    lam: float = 0.8  # GAE; a critic errs, and worth and shaping leave little noise
     worth: bool = True  # what a token adds by itself is learnt of all tokens, drawn or not
     shaping: bool = True  # each token is paid by what it adds to the guess of the text's score
     critic_lr: float = 5.0  # the critic's own rates, times lr and muon_lr

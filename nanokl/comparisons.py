@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nanokl import agreement, checkpoint, judgements, ppo, reward
-from nanokl.evaluation import prompt_docs
+from nanokl.evaluation import draw_prompts, prompt_docs
 from nanokl.generate import Rollout
 from nanokl.gpt import GPT
 from nanokl.runtime import Runtime, generator
@@ -26,7 +26,7 @@ def reference_rollout(ref: GPT, flags, tokenizer, runtime: Runtime) -> Rollout:
     docs = prompt_docs(flags.data, "train", flags.domains, tokenizer)
     rng = generator(flags.seed, "normalise")
     stop = tokenizer.special("<|endoftext|>")
-    prompts = ppo.draw_prompts(docs, flags.n_samples, flags, start=stop, rng=rng)
+    prompts = draw_prompts(docs, flags.n_samples, flags, start=stop, rng=rng)
     return ppo.sample_rollouts(ref, prompts, flags, runtime, stop=stop, rng=rng)
 
 

@@ -50,6 +50,23 @@ def load_gpt(flags: ppo.SamplingConfig, tokenizer: Tokenizer, runtime: Runtime) 
     return ref.to(runtime.device).eval()
 
 
+def draw_prompts(docs: list[list[int]], n: int, config: ppo.SamplingConfig, *, start: int,
+                 rng: torch.Generator) -> list[list[int]]:
+    """n prompts: `start` and the first few tokens of a random text, of ragged length.
+
+    Lengths are uniform on min_prompt..max_prompt; a text always has more tokens than its prompt.
+    """
+    docs = [doc for doc in docs if len(doc) > config.max_prompt]
+    if not docs or not 0 < config.min_prompt <= config.max_prompt:
+        raise UserError(f"no prompts of {config.min_prompt} to {config.max_prompt} tokens can be "
+                        f"cut from the {len(docs)} texts of one split that are longer: lower "
+                        "--max_prompt or widen --domains")
+    which = torch.randint(len(docs), (n,), generator=rng).tolist()
+    span = (config.min_prompt, config.max_prompt + 1)
+    length = torch.randint(*span, (n,), generator=rng).tolist()
+    return [[start, *docs[i][:k]] for i, k in zip(which, length, strict=True)]
+
+
 @dataclass
 class Stage:
     """What the rollouts of one run need besides the policy."""
@@ -66,7 +83,7 @@ class Stage:
 
     def prompts(self, docs, n: int, rng) -> list[list[int]]:
         stop = self.tokenizer.special("<|endoftext|>")
-        return ppo.draw_prompts(docs, n, self.config, start=stop, rng=rng)
+        return draw_prompts(docs, n, self.config, start=stop, rng=rng)
 
     def rollouts(self, policy: GPT, prompts, rng) -> tuple[ppo.Rollout, Tensor]:
         """Responses and their scores (B,)."""

@@ -18,6 +18,8 @@ from nanokl.kl import KLConfig, at_last, k1, kl_loss, paid_in_reward
 from nanokl.logprob import linear_logprob
 from nanokl.reward import RewardFunction, check_scores
 
+MOST = 0.95  # of a token's own price that its baseline may hold: the loss keeps a KL
+
 
 @dataclass(kw_only=True)
 class SamplingConfig:
@@ -78,9 +80,9 @@ class Experience:
     adv: Tensor  # (B, T-1) whitened
     ret: Tensor  # (B, T-1)
     unit: Tensor | float = 1.0  # of adv, in reward: its sd before it was whitened
-    beta: float = 0.0  # price of a nat, in reward
+    beta: float = 0.0  # price of a nat in the loss, in reward
     ref: GPT | None = None  # where the loss has the exact KL, which needs its hidden states
-    worth: Tensor | None = None  # (V,) of each token, in reward
+    worth: Tensor | None = None  # (V,) of each token in the loss, in reward
 
 
 # reward_t = -beta k1_t + [t last] score,  k1_t = logp_t - logp_ref_t.
@@ -113,6 +115,18 @@ def gae(reward: Tensor, value: Tensor, mask: Tensor, *, gamma: float,
         next_value = value[:, t] * mask[:, t]
         adv[:, t] = next_adv
     return adv, (adv + value) * mask
+
+
+# b_t = c worth(y_t) + d beta k1_t,  (c, d) of least var(adv - b), d between 0 and MOST
+def token_baseline(adv: Tensor, worth: Tensor, cost: Tensor, mask: Tensor) -> tuple[float, float]:
+    """The (c, d) that leave the advantages the least scatter; all (B, T-1).
+
+    adv leaves out what a token itself costs, which is `cost`, beta k1.
+    """
+    a, w, k = (x[mask].double() - x[mask].double().mean() for x in (adv, worth, cost))
+    slope = lambda y, x: (y @ x / (x @ x).clamp(min=1e-12)).item()  # noqa: E731
+    d = min(max(slope(a, k - slope(k, w) * w), 0.0), MOST)
+    return slope(a - d * k, w), d
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -153,23 +167,6 @@ def value_loss(value: Tensor, value_old: Tensor, ret: Tensor, mask: Tensor, *,
     """Half the squared error of the value, the worse of moved and clipped, over the response."""
     near = value_old + (value - value_old).clamp(-clip, clip)
     return 0.5 * masked_mean(torch.maximum((value - ret).square(), (near - ret).square()), mask)
-
-
-def draw_prompts(docs: list[list[int]], n: int, config: SamplingConfig, *, start: int,
-                 rng: torch.Generator) -> list[list[int]]:
-    """n prompts: `start` and the first few tokens of a random text, of ragged length.
-
-    Lengths are uniform on min_prompt..max_prompt; a text always has more tokens than its prompt.
-    """
-    docs = [doc for doc in docs if len(doc) > config.max_prompt]
-    if not docs or not 0 < config.min_prompt <= config.max_prompt:
-        raise UserError(f"no prompts of {config.min_prompt} to {config.max_prompt} tokens can be "
-                        f"cut from the {len(docs)} texts of one split that are longer: lower "
-                        "--max_prompt or widen --domains")
-    which = torch.randint(len(docs), (n,), generator=rng).tolist()
-    span = (config.min_prompt, config.max_prompt + 1)
-    length = torch.randint(*span, (n,), generator=rng).tolist()
-    return [[start, *docs[i][:k]] for i, k in zip(which, length, strict=True)]
 
 
 def make_policy(ref: GPT, *, critic_layers: int = 0) -> GPT:
@@ -249,7 +246,8 @@ def collect(policy: GPT, ref: GPT, rollout: Rollout, score: Tensor, minibatches:
             worth: Tensor | None = None) -> Experience:
     """Measured rollouts with their advantages, whitened; shares (B, T-1), worth (V,): shaping.py.
 
-    With `worth` the KL of a token's own step is not in its advantage, but in the loss, exactly.
+    With `worth` a part of what a token costs by itself is not in its advantage, but in the loss,
+    where the reference is tilted by a part of the worth.
     """
     logp, logp_ref, kl, entropy, value = measure(policy, ref, rollout, minibatches, config, runtime)
     mask = rollout.mask
@@ -258,7 +256,9 @@ def collect(policy: GPT, ref: GPT, rollout: Rollout, score: Tensor, minibatches:
     reward = kl_penalised_reward(logp, logp_ref, paid, mask, beta=beta, nats=nats)
     adv, ret = gae(reward, value, mask, gamma=config.gamma, lam=config.lam)
     if worth is not None:
-        adv = adv + beta * nats * mask - worth[rollout.idx[:, 1:]] * mask
+        own, of_token = beta * nats * mask, worth[rollout.idx[:, 1:]] * mask
+        c, d = token_baseline(adv + own, of_token, own, mask)
+        adv, beta, worth = adv + (1 - d) * own - c * of_token, (1 - d) * beta, c * worth
     exact = worth is not None or (config.kl_in_loss and config.kl_estimator == "exact")
     return Experience(rollout, score, logp, logp_ref, kl, entropy, value, masked_whiten(adv, mask),
                       ret, 1 / masked_scale(adv, mask), beta, ref if exact else None, worth)

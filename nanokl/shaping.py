@@ -9,15 +9,19 @@ stay what they are, and the critic has only the rest to learn, V(s) - Phi(s). Po
 shaping (Ng, Harada & Russell 1999). Left out: gamma below 1, where Phi of the longer text would
 have to be discounted.
 
-Whatever the worth says,
+A baseline may know the token that was drawn, if its mean over all tokens is followed, too:
 
-    grad J = E sum_t [ sum_a grad pi(a | s_t) (worth(a) - beta log pi(a | s_t) / ref(a | s_t))
-                       + (adv_t - worth(y_t)) grad log pi(y_t | s_t) ]
+    grad J = E sum_t [ sum_a grad pi(a | s_t) (b(a, s_t) - beta x(a, s_t))
+                       + (adv_t - b(y_t, s_t)) grad log pi(y_t | s_t) ],   x = log pi - log ref
 
-where adv_t pays for the KL of later tokens alone, and the first sum is -beta times the gradient of
-KL(pi || ref exp(worth / beta) / z), of one step: what tokens are worth by themselves is learnt of
-all of them at every step, and what was drawn tells the rest. Expected policy gradients,
-arXiv:1706.05374; a baseline that knows the action, arXiv:1611.02247. ppo.py has the loss.
+where adv_t pays for the KL of later tokens alone. PPO's is b = beta x: the sum is gone, and a token
+pays for itself. With b = worth most of what is to be learnt at first needs no draw: the sum is
+-beta times the gradient of KL(pi || ref exp(worth / beta) / z), of one step. Near the posterior adv
+is beta x, and a constant, for every token, so that PPO's leaves no noise, and the other leaves
+what worth does not know of the context. So each batch has its own b = c worth + d beta x, of least
+noise. What is left of the sum is -(1 - d) beta times the gradient of a KL to a tilted reference,
+ref exp(c worth / ((1 - d) beta)) / z. Expected policy gradients, arXiv:1706.05374; a baseline that
+knows the action, arXiv:1611.02247; the loss is ppo.minibatch_loss.
 """
 
 import torch

@@ -75,7 +75,7 @@ class TrainerConfig(ppo.PPOConfig):
     @property
     def kl_placement(self) -> str:
         """Where the method charges the KL, and what it follows there."""
-        own = "; of its own step exactly, in the loss" if self.uses_worth(1.0) else ""
+        own = "; of its own step partly in the loss, exactly" if self.uses_worth(1.0) else ""
         return PLACEMENT.get(self.method) or self.kl_in_words(self.gamma) + own
 
     @property

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanokl import UserError
+from nanokl.evaluation import draw_prompts
 from nanokl.generate import Rollout
 from nanokl.gpt import GPT
 from nanokl.kl import BetaController
@@ -23,7 +24,6 @@ from nanokl.ppo import (
     PPOConfig,
     SamplingConfig,
     collect,
-    draw_prompts,
     gae,
     kl_penalised_reward,
     make_policy,

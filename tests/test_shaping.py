@@ -183,6 +183,48 @@ def test_worth_takes_the_noise_of_the_draw_away():
     assert scatter[0] < 0.5 * scatter[1], scatter
 
 
+def test_a_tokens_baseline_leaves_the_least_scatter():
+    """Beside a grid of all (c, d), where the best d is inside its bounds, above them and below."""
+    g = generator(6)
+    worth, cost = (torch.randn(2, 40, 9, generator=g) * torch.tensor([2.0, 0.3])[:, None, None])
+    mask, noise = torch.rand(40, 9, generator=g) < 0.7, 0.2 * torch.randn(40, 9, generator=g)
+    c, d = torch.linspace(-1, 2, 61), torch.linspace(0, ppo.MOST, 20)
+    for true in (0.4, 1.7, -0.6):
+        adv = 0.5 * worth + true * (cost + 0.1 * worth) + noise + 3
+        left = adv[mask] - c[:, None, None] * worth[mask] - d[:, None] * cost[mask]  # (c, d, N)
+        best = left.var(2)
+        got = ppo.token_baseline(adv, worth, cost, ~mask)  # other places than those of the grid
+        assert got != ppo.token_baseline(adv, worth, cost, mask)
+        at = divmod(best.argmin().item(), len(d))
+        assert ppo.token_baseline(adv, worth, cost, mask) == pytest.approx(
+            (c[at[0]].item(), d[at[1]].item()), abs=0.05)
+    nothing = torch.zeros(40, 9)
+    assert ppo.token_baseline(adv, nothing, nothing, mask) == (0, 0)
+
+
+def test_at_the_posterior_a_tokens_own_price_is_its_baseline_and_worth_is_not():
+    """A critic that knows the posterior's values: there an advantage is beta log pi/ref, whatever
+    was drawn, so that almost nothing is left to learn, and of worth nothing in the loss."""
+    V, T, beta = 4, 3, 0.5
+    ref = [torch.randn(V**t, V, generator=generator(7), dtype=torch.float64).log_softmax(1)
+           for t in range(T)]
+    r = torch.randn(V**T, generator=generator(8), dtype=torch.float64)
+    values = exact.soft_values(ref, r, beta)
+    posterior = exact.posterior_levels(ref, values, beta)
+    texts = exact.texts(V, T)
+    spans = [texts[:, :t] @ (V ** torch.arange(t).flip(0)) for t in range(T + 1)]
+    pick = lambda levels: torch.stack([  # noqa: E731
+        levels[t][spans[t], texts[:, t]] for t in range(T)], dim=1)
+    cost = beta * (pick(posterior) - pick(ref))
+    adv = torch.stack([values[t + 1][spans[t + 1]] - values[t][spans[t]] for t in range(T)], dim=1)
+    torch.testing.assert_close(adv, cost)
+    worth = torch.randn(V, generator=generator(9), dtype=torch.float64)[texts]
+    mask = torch.ones(V**T, T, dtype=torch.bool)
+    c, d = ppo.token_baseline(adv, worth, cost, mask)
+    assert d == ppo.MOST and abs(c) < 0.05
+    assert (adv - c * worth - d * cost).var() < 0.01 * (adv - worth).var()
+
+
 def test_with_worth_two_ranks_average_to_the_gradient_of_one():
     ref = make_ref()
     policy = nudge(ppo.make_policy(ref))
@@ -201,4 +243,4 @@ def test_where_a_run_uses_worth_and_says_so():
     assert uses() and not uses(worth=False) and not uses(shaping=False) and not uses(beta=0.0)
     assert not uses(method="rloo") and not uses(kl_estimator="exact", kl_place="both")
     own, plain = (TrainerConfig(worth=worth, shaping=True).kl_placement for worth in (True, False))
-    assert own == plain + "; of its own step exactly, in the loss"
+    assert own == plain + "; of its own step partly in the loss, exactly"

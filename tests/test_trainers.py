@@ -427,7 +427,7 @@ def test_ppo_as_the_program_has_it_reaches_the_posterior():
     """
     stage = start("ppo", batch=1024, n_epoch=1, steps=100, lr=1e-2)
     flags = stage.config
-    assert (flags.lam, flags.shaping, flags.critic_lr, flags.clip) == (0.5, True, 5.0, 0.2)
+    assert (flags.lam, flags.shaping, flags.critic_lr, flags.clip) == (0.8, True, 5.0, 0.2)
     assert flags.worth and flags.momentum == 0.8
     assert gap(stage.ref, stage) > 1.3
     assert 0 < gap(train(stage, decay=0.5), stage) < 0.02
