@@ -23,12 +23,12 @@ BERT_tiny := --steps 20 --eval_every 10 --n_layer 2
 REWARD_demo := --steps 400
 REWARD_main := --members 2 --steps 1200 --eval_every 100 --patience 12 --dropout 0.2 --word_dropout 0.2
 REWARD_tiny := --steps 20 --eval_every 10 --n_samples 128
-PPO_demo := --steps 48 --posterior_prompts 8 --posterior_samples 1536 --eval_every 24
-PPO_main := --steps 200 --lr 2.5e-4 --muon_lr 2.5e-4 --posterior_prompts 8 --posterior_samples 5120 --eval_every 100
+PPO_demo := --steps 48 --posterior_prompts 6 --posterior_samples 2048 --eval_every 24
+PPO_main := --steps 200 --lr 2.5e-4 --muon_lr 2.5e-4 --posterior_prompts 8 --posterior_samples 3072 --eval_every 100
 PPO_tiny := --steps 2 --batch 32 --minibatch 16 --n_eval 64 --posterior_prompts 2 --posterior_samples 64
 # The full run's second policy, whose KL costs four times as much: what is left is finer, and asks
 # for larger batches and lower rates. And steps that make each other method as long as PPO, 2 minutes.
-PPO_0.4 := --beta 0.4 --momentum 0.5 --steps 90 --batch 512 --minibatch 128 --lr 2e-4 --muon_lr 2e-4 --posterior_prompts 8 --posterior_samples 2048 --eval_every 45
+PPO_0.4 := --beta 0.4 --steps 90 --batch 512 --minibatch 128 --lr 2e-4 --muon_lr 2e-4 --posterior_prompts 8 --posterior_samples 2048 --eval_every 45
 TRAINER := --posterior_prompts 8 --posterior_samples 1024 --eval_every 1000
 STEPS_ppo := 58
 STEPS_rloo := 92
