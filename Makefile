@@ -23,7 +23,7 @@ BERT_tiny := --steps 20 --eval_every 10 --n_layer 2
 REWARD_demo := --steps 400
 REWARD_main := --members 2 --steps 1200 --eval_every 100 --patience 12 --dropout 0.2 --word_dropout 0.2
 REWARD_tiny := --steps 20 --eval_every 10 --n_samples 128
-PPO_demo := --steps 48 --posterior_prompts 6 --posterior_samples 2048 --eval_every 24
+PPO_demo := --steps 44 --posterior_prompts 4 --posterior_samples 4096 --eval_every 22
 PPO_main := --steps 200 --lr 2.5e-4 --muon_lr 2.5e-4 --posterior_prompts 8 --posterior_samples 3072 --eval_every 100
 PPO_tiny := --steps 2 --batch 32 --minibatch 16 --n_eval 64 --posterior_prompts 2 --posterior_samples 64
 # The full run's second policy, whose KL costs four times as much: what is left is finer, and asks
