@@ -123,7 +123,8 @@ def token_baseline(adv: Tensor, worth: Tensor, cost: Tensor, mask: Tensor) -> tu
 
     adv leaves out what a token itself costs, which is `cost`, beta k1.
     """
-    a, w, k = (x[mask].double() - x[mask].double().mean() for x in (adv, worth, cost))
+    a, w, k = (x[mask].cpu().double() for x in (adv, worth, cost))  # MPS has no float64
+    a, w, k = a - a.mean(), w - w.mean(), k - k.mean()
     slope = lambda y, x: (y @ x / (x @ x).clamp(min=1e-12)).item()  # noqa: E731
     d = min(max(slope(a, k - slope(k, w) * w), 0.0), MOST)
     return slope(a - d * k, w), d

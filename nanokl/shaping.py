@@ -16,12 +16,12 @@ A baseline may know the token that was drawn, if its mean over all tokens is fol
 
 where adv_t pays for the KL of later tokens alone. PPO's is b = beta x: the sum is gone, and a token
 pays for itself. With b = worth most of what is to be learnt at first needs no draw: the sum is
--beta times the gradient of KL(pi || ref exp(worth / beta) / z), of one step. Near the posterior adv
-is beta x, and a constant, for every token, so that PPO's leaves no noise, and the other leaves
-what worth does not know of the context. So each batch has its own b = c worth + d beta x, of least
-noise. What is left of the sum is -(1 - d) beta times the gradient of a KL to a tilted reference,
-ref exp(c worth / ((1 - d) beta)) / z. Expected policy gradients, arXiv:1706.05374; a baseline that
-knows the action, arXiv:1611.02247; the loss is ppo.minibatch_loss.
+-beta times the gradient of KL(pi || ref exp(worth / beta) / z), of one step. At the posterior adv
+is beta x for every token: there PPO's leaves no noise, and the other what worth does not know of
+the context. So each batch has its own b = c worth + d beta x, of least noise, and what is left of
+the sum is -(1 - d) beta times the gradient of KL(pi || ref exp(c worth / ((1 - d) beta)) / z).
+Expected policy gradients, arXiv:1706.05374; a baseline that knows the action, arXiv:1611.02247; the
+loss is ppo.minibatch_loss.
 """
 
 import torch
