@@ -23,7 +23,7 @@ BERT_tiny := --steps 20 --eval_every 10 --n_layer 2
 REWARD_demo := --steps 400
 REWARD_main := --members 2 --steps 1200 --eval_every 100 --patience 12 --dropout 0.2 --word_dropout 0.2
 REWARD_tiny := --steps 20 --eval_every 10 --n_samples 128
-PPO_demo := --steps 44 --posterior_prompts 4 --posterior_samples 4096 --eval_every 22
+PPO_demo := --steps 48 --posterior_prompts 8 --posterior_samples 2560 --eval_every 24
 PPO_main := --steps 200 --lr 2.5e-4 --muon_lr 2.5e-4 --posterior_prompts 8 --posterior_samples 3072 --eval_every 100
 PPO_tiny := --steps 2 --batch 32 --minibatch 16 --n_eval 64 --posterior_prompts 2 --posterior_samples 64
 # The full run's second policy, whose KL costs four times as much: what is left is finer, and asks
@@ -90,7 +90,7 @@ $(RUN)/reward/summary.json: | $(RUN)/gpt/summary.json $(RUN)/bert/summary.json
 	$(PY) train_rlhf.py reward --data $(DATA) --init $(RUN)/bert --policy $(RUN)/gpt --out $(RUN)/reward $(REWARD) $(call go_on,reward)
 
 # the full run goes to two posteriors, those of beta .1 and .4
-rlhf: $(RUN)/ppo/summary.json $(if $(filter main,$(BUDGET)),$(RUN)/ppo-0.4/summary.json) ## 39   PPO towards two posteriors, with what it needs (sum of parts)
+rlhf: $(RUN)/ppo/summary.json $(if $(filter main,$(BUDGET)),$(RUN)/ppo-0.4/summary.json) ## 38   PPO towards two posteriors, with what it needs (sum of parts)
 train_ppo = $(PY) train_rlhf.py ppo --data $(DATA) --policy $(RUN)/gpt --reward $(RUN)/reward --out $(RUN)/$(1) $(call go_on,$(1))
 $(RUN)/ppo/summary.json: | $(RUN)/reward/summary.json
 	$(call train_ppo,ppo) $(PPO)
