@@ -81,7 +81,7 @@ class Experience:
     ret: Tensor  # (B, T-1)
     unit: Tensor | float = 1.0  # of adv, in reward: its sd before it was whitened
     beta: float = 0.0  # price of a nat in the loss, in reward
-    ref: GPT | None = None  # where the loss has the exact KL, which needs its hidden states
+    ref: tuple[Tensor, Tensor] | None = None  # hidden states, head: for an exact KL in the loss
     worth: Tensor | None = None  # (V,) of each token in the loss, in reward
 
 
@@ -223,10 +223,12 @@ def measure(policy: GPT, ref: GPT, rollout: Rollout, minibatches: list[Tensor],
             config: SamplingConfig, runtime) -> tuple[Tensor, ...]:
     """logp, logp_ref, kl, entropy, value of the response tokens, (B, T-1) each, 0 elsewhere.
 
-    In the very minibatches of the first epoch: the same rows in the same shapes give the same
-    bits, so that the first ratio is exactly 1 in any precision.
+    Last come the reference's hidden states there (B, T-1, C), which the loss may need again. All
+    in the very minibatches of the first epoch: the same rows in the same shapes give the same bits,
+    so that the first ratio is exactly 1 in any precision.
     """
     out = torch.zeros(5, *rollout.mask.shape, device=rollout.idx.device)
+    hidden = out.new_zeros(*rollout.mask.shape, ref.config.n_embd)
     for rows in minibatches:
         mine = runtime.shard(rows)
         idx, mask = rollout.idx[mine], rollout.mask[mine]
@@ -239,7 +241,8 @@ def measure(policy: GPT, ref: GPT, rollout: Rollout, minibatches: list[Tensor],
             value = policy.values(idx[:, :-1], h)
         stats = torch.stack([new.logp, old.logp, new.kl, new.entropy, value * mask], dim=1)
         out[:, rows] = runtime.gather(stats).transpose(0, 1)
-    return tuple(out)
+        hidden[rows] = runtime.gather((h_ref * mask[..., None]).to(hidden))
+    return *out, hidden
 
 
 def collect(policy: GPT, ref: GPT, rollout: Rollout, score: Tensor, minibatches: list[Tensor],
@@ -250,8 +253,8 @@ def collect(policy: GPT, ref: GPT, rollout: Rollout, score: Tensor, minibatches:
     With `worth` a part of what a token costs by itself is not in its advantage, but in the loss,
     where the reference is tilted by a part of the worth.
     """
-    logp, logp_ref, kl, entropy, value = measure(policy, ref, rollout, minibatches, config, runtime)
-    mask = rollout.mask
+    *measured, h_ref = measure(policy, ref, rollout, minibatches, config, runtime)
+    (logp, logp_ref, kl, _, value), mask = measured, rollout.mask
     nats = paid_in_reward(logp, logp_ref, kl, mask, config)
     paid = score if shares is None else shares
     reward = kl_penalised_reward(logp, logp_ref, paid, mask, beta=beta, nats=nats)
@@ -261,8 +264,9 @@ def collect(policy: GPT, ref: GPT, rollout: Rollout, score: Tensor, minibatches:
         c, d = token_baseline(adv + own, of_token, own, mask)
         adv, beta, worth = adv + (1 - d) * own - c * of_token, (1 - d) * beta, c * worth
     exact = worth is not None or (config.kl_in_loss and config.kl_estimator == "exact")
-    return Experience(rollout, score, logp, logp_ref, kl, entropy, value, masked_whiten(adv, mask),
-                      ret, 1 / masked_scale(adv, mask), beta, ref if exact else None, worth)
+    return Experience(rollout, score, *measured, masked_whiten(adv, mask), ret,
+                      1 / masked_scale(adv, mask), beta,
+                      (h_ref, ref.head.weight) if exact else None, worth)
 
 
 def minibatch_loss(model, policy: GPT, x: Experience, rows: Tensor, config: PPOConfig,
@@ -277,10 +281,8 @@ def minibatch_loss(model, policy: GPT, x: Experience, rows: Tensor, config: PPOC
     idx, mask = x.rollout.idx[rows], x.rollout.mask[rows]
     price = x.beta / x.unit  # of a nat, in the units of adv
     with runtime.autocast():
-        h, ref = model(idx)[:, :-1], None
-        if x.ref is not None:
-            with torch.no_grad():
-                ref = x.ref(idx)[:, :-1], x.ref.head.weight
+        h = model(idx)[:, :-1]
+        ref = x.ref and (x.ref[0][rows], x.ref[1])
         if x.worth is not None:
             ref = *ref, config.temperature / x.beta * x.worth
         new = linear_logprob(h, policy.head.weight, idx[:, 1:], mask=mask, ref=ref,

@@ -167,8 +167,8 @@ def collect(policy: GPT, ref: GPT, rollout: Rollout, score: Tensor, minibatches:
     if config.method == "ppo":
         return ppo.collect(policy, ref, rollout, score, minibatches, config, runtime, beta=beta,
                            **shaping)
-    measured = ppo.measure(policy, ref, rollout, minibatches, config, runtime)
-    logp, logp_ref, kl, entropy, value = measured
+    measured = ppo.measure(policy, ref, rollout, minibatches, config, runtime)[:5]
+    logp, logp_ref, _, _, value = measured
     r = score.view(-1, config.group)
     log_ratio = (logp - logp_ref).sum(1).view_as(r)
     match config.method:
@@ -183,7 +183,7 @@ def collect(policy: GPT, ref: GPT, rollout: Rollout, score: Tensor, minibatches:
         case "sft":
             adv = sir_weight(r, beta=beta)
     adv = adv.view(-1, 1) * rollout.mask
-    return ppo.Experience(rollout, score, logp, logp_ref, kl, entropy, value, adv, value)
+    return ppo.Experience(rollout, score, *measured, adv, value)
 
 
 def minibatch_loss(model, policy: GPT, x: ppo.Experience, rows: Tensor, config: TrainerConfig,

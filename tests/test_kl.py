@@ -303,7 +303,7 @@ def test_each_choice_makes_a_step(choice):
     sgd = torch.optim.SGD(policy.parameters(), lr=0.02)
     rollout = sample_rollouts(policy, PROMPTS * 16, how, CPU, stop=STOP, rng=generator(1))
     x = collect(policy, ref, rollout, scores(rollout), [rows], how, CPU, beta=0.5)
-    assert (x.ref is ref) == (in_loss and choice[0] == "exact")
+    assert (x.ref is not None) == (in_loss and choice[0] == "exact")
     before = [p.clone() for p in policy.parameters()]
     for start in (True, False):
         loss, info = minibatch_loss(policy, policy, x, rows, how, CPU)

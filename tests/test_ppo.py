@@ -449,7 +449,8 @@ def test_measure_equals_dense_log_softmax(temperature):
     ref, world, config = make_ref(), everything(), replace(CONFIG, temperature=temperature)
     policy = nudge(make_policy(ref))
     order = list(torch.randperm(170, generator=generator(3)).split(32))
-    logp, logp_ref, kl, entropy, value = measure(policy, ref, world, order, config, CPU)
+    logp, logp_ref, kl, entropy, value, hidden = measure(policy, ref, world, order, config, CPU)
+    assert torch.equal(hidden[world.mask], ref(world.idx)[:, :-1][world.mask])
     p, q = (dense(m, world, temperature).double() for m in (policy, ref))
     pick = world.idx[:, 1:, None]
     for got, expected in ((logp, p.gather(2, pick)[..., 0]), (logp_ref, q.gather(2, pick)[..., 0]),
@@ -513,7 +514,7 @@ def test_collect_equals_its_parts_by_loops():
     rollout = sample_rollouts(policy, PROMPTS * 20, config, CPU, stop=STOP, rng=generator(6))
     order = torch.arange(40).split(16)
     x = collect(policy, ref, rollout, scores(rollout), order, config, CPU, beta=0.3)
-    measured = measure(policy, ref, rollout, order, config, CPU)
+    measured = measure(policy, ref, rollout, order, config, CPU)[:5]
     for got, y in zip((x.logp, x.logp_ref, x.kl, x.entropy, x.value), measured, strict=True):
         assert torch.equal(got, y)
     reward = -0.3 * (x.logp - x.logp_ref).double()
@@ -597,7 +598,7 @@ def exact_policy_gradient(policy, ref, beta, temperature, price=None, shift=0.0)
     world, order = everything(), [torch.arange(170)]
     mask, score = world.mask, scores(world) + shift
     config = replace(CONFIG, temperature=temperature, value_coef=0.0)
-    logp, logp_ref, kl, entropy, _ = measure(policy, ref, world, order, config, CPU)
+    logp, logp_ref, kl, entropy, *_ = measure(policy, ref, world, order, config, CPU)
     price = logp - logp_ref if price is None else price(logp, logp_ref, kl)
     reward = kl_penalised_reward(price, torch.zeros_like(price), score, mask, beta=beta)
     adv, ret = gae(reward, torch.zeros_like(reward), mask, gamma=1.0, lam=1.0)
