@@ -68,7 +68,7 @@ lint: $(VENV) ## 0.1  ruff
 
 check: lint test ## 4.3  what CI runs: lint and test
 
-demo: $(VENV) ## 9    the whole story, from data to report, in runs/demo (replaced)
+demo: $(VENV) ## 10   the whole story, from data to report, in runs/demo (replaced)
 	rm -rf runs/demo && mkdir -p runs/demo && date +%s > runs/demo/started
 	$(MAKE) --no-print-directory report RUN=runs/demo BUDGET=$(BUDGET:main=demo)
 
