@@ -14,8 +14,8 @@ $(if $(filter main demo tiny,$(BUDGET)),,$(error BUDGET is $(BUDGET): give demo,
 RUN ?= runs/main
 
 # What each stage is given, by budget: demo (10 minutes in all), main, tiny (does it run at all).
-GPT_demo := --steps 800 --batch_size 48 --eval_every 200 --dropout 0.1
-GPT_main := $(GPT_demo)
+GPT_demo := --steps 640 --batch_size 48 --eval_every 160 --dropout 0.1
+GPT_main := --steps 800 --batch_size 48 --eval_every 200 --dropout 0.1
 GPT_tiny := --steps 20 --eval_every 10 --n_layer 2
 BERT_demo := --steps 800 --eval_every 400
 BERT_main := --steps 2000 --dropout 0.1
@@ -30,7 +30,7 @@ PPO_tiny := --steps 2 --batch 32 --minibatch 16 --n_eval 64 --posterior_prompts 
 # for larger batches and lower rates. And steps that make each other method as long as PPO, 2 minutes.
 PPO_0.4 := --beta 0.4 --steps 90 --batch 512 --minibatch 128 --lr 2e-4 --muon_lr 2e-4 --posterior_prompts 8 --posterior_samples 2048 --eval_every 45
 TRAINER := --posterior_prompts 8 --posterior_samples 1024 --eval_every 1000
-STEPS_ppo := 58
+STEPS_ppo := 45
 STEPS_rloo := 92
 STEPS_grpo := 92
 STEPS_dpo := 84
