@@ -1,14 +1,14 @@
 """What equal episodes are worth: how far from the posterior nanokl and TRL have got.
 
 All start from the same random weights (a small GPT-2-shaped model whose next-token distributions
-are uneven), with the same rule as reward, the same beta and the same number of episodes, in
-batches of 64 with 4 epochs of updates on each, in float32, one seed a case. The learning rate was
-chosen for each among 3e-4, 1e-3, 3e-3 and 1e-2 at a seed that is no case: `RATES`. nanokl lowers it
-as `train_rlhf.py ppo` does, TRL linearly to 0. What is left is TRL's own default, and nanokl's but
-for three: no shaping, which asks the reward for half a text and TRL has not, the lam .95 that goes
-with that, and a critic at the policy's rate and not at five times it. PPOTrainer's critic is a
-second network, nanokl's two layers or ("shared critic") a head on the policy; RLOOTrainer has none
-and makes two responses a prompt.
+are uneven), with one rule as reward, one beta and as many episodes, in batches of 64 with 4 epochs
+of updates on each, in float32, one seed a case. The learning rate was chosen for each optimiser, of
+which nanokl has two, among 3e-4, 1e-3, 3e-3 and 1e-2 at a seed that is no case (`RATES`). nanokl
+lowers it as `train_rlhf.py ppo` does, TRL linearly to 0. What is left is TRL's own default, and
+nanokl's but for four: no shaping, which asks the reward for half a text and TRL has not, the lam
+.95 that goes with that, a critic at the policy's rate and not at five times it, and the momentum .9
+of TRL's AdamW. PPOTrainer's critic is a second network, nanokl's two layers or ("shared critic") a
+head on the policy; RLOOTrainer has none and makes two responses a prompt.
 
 The judge belongs to none of them. It reads the trained weights in GPT-2's layout, runs them and the
 first ones through `plain_logits` in float64, draws each token from the whole distribution by a full
@@ -38,7 +38,8 @@ CASES = tuple(
      "beta": 0.1, "iterations": 50, "seed": seed, "samples": 512, "device": "cpu"}
     for seed in range(3)
 )  # fmt: skip
-RATES = {"nanokl": 3e-3, "PPOTrainer": 3e-3, "RLOOTrainer": 1e-3}
+RATES = {"nanokl": 1e-2, "PPOTrainer": 3e-3, "RLOOTrainer": 1e-3}  # AdamW's
+OURS = {"dtype": "float32", "muon_lr": 3e-3}
 
 
 def reference(case: dict) -> GPT:
@@ -124,8 +125,8 @@ def variant(name: str, make: Callable, **flags) -> Callable[[dict], Ready]:
 
 
 VARIANTS = {
-    "nanokl": variant("nanokl", nanokl_ppo, dtype="float32"),
-    "nanokl, shared critic": variant("nanokl", nanokl_ppo, dtype="float32", critic_layers=0),
+    "nanokl": variant("nanokl", nanokl_ppo, **OURS),
+    "nanokl, shared critic": variant("nanokl", nanokl_ppo, **OURS, critic_layers=0),
     "PPOTrainer": variant("PPOTrainer", trl_ppo, bf16=False),
     "RLOOTrainer": variant("RLOOTrainer", trl_rloo, bf16=False),
 }

@@ -110,7 +110,7 @@ def prompts(case: dict) -> Tensor:
 
 
 def nanokl_ppo(case: dict, ref: GPT, reward: Callable[[Tensor], Tensor], *, dtype: str, lr: float,
-               seed: int = 0, steps: int = 10**6,
+               muon_lr: float | None = None, seed: int = 0, steps: int = 10**6,
                critic_layers: int = 2) -> tuple[GPT, Callable[[], dict]]:
     """The policy, and one iteration after the other, as `train_rlhf.py ppo` goes on."""
     import train_rlhf
@@ -118,8 +118,8 @@ def nanokl_ppo(case: dict, ref: GPT, reward: Callable[[Tensor], Tensor], *, dtyp
     runtime = rt.setup(case["device"], dtype)
     flags = train_rlhf.PPOFlags(
         data=Path(), out=Path(), policy=Path(), reward="", steps=steps, batch=case["batch"],
-        minibatch=case["batch"], n_epoch=case["epochs"], beta=case["beta"], lr=lr, muon_lr=lr,
-        lam=0.95, shaping=False, critic_lr=1.0,  # the peers have no shaping
+        minibatch=case["batch"], n_epoch=case["epochs"], beta=case["beta"], lr=lr,
+        muon_lr=muon_lr or lr, momentum=0.9, lam=0.95, shaping=False, critic_lr=1.0,  # as the peers
         max_prompt=case["prompt"] - 1, max_new_tokens=case["new"], seed=seed)
     score = lambda ids, _texts: reward(torch.tensor(ids, device=ref.head.weight.device))  # noqa: E731
     stage = FixedPrompts(flags, runtime, Ids(), ref.requires_grad_(False), score, seed)

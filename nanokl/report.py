@@ -3,14 +3,14 @@
 Reads RUN/{gpt,bert,reward,ppo}/{summary.json,metrics.jsonl,flags.json}, RUN/ppo/samples.jsonl and
 the summaries of other policies, RUN/ppo-* and RUN/trainers/*: files only, no model. A policy's
 posterior.json, often of more texts, stands for what its summary says of the posterior. The page has
-no script and loads nothing; it reads on a phone, in dark mode and on paper (report.css). Leaves out
-the drawing itself (figures.py) and comparing several runs.
+no script and loads nothing; it reads on a phone, in dark mode and on paper (report.css).
 """
 
 import json
 import math
 import shlex
 from collections import defaultdict
+from collections.abc import Sequence
 from datetime import datetime
 from html import escape
 from pathlib import Path
@@ -94,12 +94,19 @@ FIGURES = [
 
 WORDS = """<p>The pretrained model is a prior over texts. A score r is evidence: at the price beta
 it makes a text exp(r / beta) times as likely, and the prior reweighed so is the posterior, which
-nobody can sample from directly. Training comes near it. What it maximises, reward − beta KL, is
-beta log Z at the posterior, Z = E exp(r / beta) over the prior's texts, and less by beta times the
-gap elsewhere: the gap is KL(policy || posterior), the nats that are left to gain. The Bayes
-fraction is 0 at the prior and 1 at the posterior. Log Z is estimated from weighed texts of prior
-and policy; where few of them have all the weight, the gap is only known to be at least so
-large.</p>"""
+nobody can sample from directly. Training comes near it: the objective is largest there, and less by
+beta times the gap elsewhere, the nats that are left to gain. The Bayes fraction is 0 at the prior
+and 1 at the posterior. Log Z is estimated from weighed texts of prior and policy; where few of them
+have all the weight, the gap is only known to be at least so large.</p>"""
+FORMULAS = (
+    ("prior", "ref(y)", "generate.generate"),
+    ("evidence", "exp(r(y) / beta)", "ppo.score_rollouts"),
+    ("posterior", "pi*(y) = ref(y) exp(r(y) / beta) / Z", "exact.posterior, samplers.sir, smc.smc"),
+    ("objective", "J(pi) = E[r] - beta KL(pi || ref)", "exact.objective, ppo.kl_penalised_reward"),
+    ("gap", "log Z - J(pi) / beta = KL(pi || pi*)", "exact.gap, bayes.account"),
+    ("Bayes fraction", "(J(pi) - J(ref)) / (beta log Z - J(ref))", "bayes.ratio_se"),
+    ("most there is", "R*(k) = inf_b b k + b log Z_b", "frontier.most_reward"),
+)
 
 
 class Stage(NamedTuple):
@@ -161,7 +168,7 @@ def typeset(text: str) -> str:
     return text
 
 
-def table(kind: str, head: list[str], rows: list[list[str]]) -> str:
+def table(kind: str, head: list[str], rows: Sequence[Sequence[str]]) -> str:
     """Cells are plain text; each knows the name of its column, which a phone shows beside it."""
     head = [escape(name) for name in head]
     top = "".join(f"<th>{name}</th>" for name in head)
@@ -216,7 +223,8 @@ def ways(named: list[tuple[str, dict]]) -> str:
                      gap, fraction])
     head = ["run", "beta", "episodes", "minutes", "reward", "KL, nats", "objective",
             "gap, nats", "Bayes fraction"]
-    return "<h2>Prior, posterior, gap</h2>" + WORDS + table("numbers", head, rows) if rows else ""
+    words = WORDS + table("formulas", ["in words", "formula", "in nanokl/"], FORMULAS)
+    return f"<h2>Prior, posterior, gap</h2>{words}{table('numbers', head, rows)}" if rows else ""
 
 
 def samples(path: Path) -> str:

@@ -1,5 +1,7 @@
 """report and figures: one whole page from what is there, and nothing in it that is not text."""
 
+import html
+import importlib
 import json
 import math
 import re
@@ -315,6 +317,11 @@ def test_the_gap_is_told_and_drawn(tmp_path):
     assert (tmp_path / "figures" / "posterior.png").exists()
     assert "4.20 ± 0.31" in page and "0.71 ± 0.02" in page and "8,192" in page
     assert "unreliable" not in page and "<h2>Prior, posterior, gap</h2>" in page
+    for _, formula, functions in report.FORMULAS:
+        assert html.escape(formula) in page
+        for name in functions.split(", "):
+            module, _, function = name.partition(".")
+            assert callable(getattr(importlib.import_module(f"nanokl.{module}"), function)), name
 
 
 def test_a_gap_that_is_not_trusted_is_no_plain_number(tmp_path):
