@@ -100,7 +100,7 @@ $(RUN)/ppo-0.4/summary.json: | $(RUN)/reward/summary.json
 # other ways to the posterior, each for as long as PPO takes
 METHODS ?= ppo rloo grpo dpo dpg sft
 BETAS ?= 0.1 0.4
-trainers: $(foreach m,$(METHODS),$(foreach b,$(BETAS),$(RUN)/trainers/$(m)-$(b)/summary.json)) ## 52   every method at two prices, side by side
+trainers: $(foreach m,$(METHODS),$(foreach b,$(BETAS),$(RUN)/trainers/$(m)-$(b)/summary.json)) ## 56   every method at two prices, side by side
 	$(PY) -m nanokl report $(RUN)
 $(RUN)/trainers/%/summary.json: | $(RUN)/reward/summary.json
 	$(call train_ppo,trainers/$*) --method $(firstword $(subst -, ,$*)) --beta $(lastword $(subst -, ,$*)) $(if $(filter main,$(BUDGET)),$(TRAINER) --steps $(STEPS_$(firstword $(subst -, ,$*))),$(PPO))
