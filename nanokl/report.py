@@ -105,7 +105,7 @@ FORMULAS = (
     ("objective", "J(pi) = E[r] - beta KL(pi || ref)", "exact.objective, ppo.kl_penalised_reward"),
     ("gap", "log Z - J(pi) / beta = KL(pi || pi*)", "exact.gap, bayes.account"),
     ("Bayes fraction", "(J(pi) - J(ref)) / (beta log Z - J(ref))", "bayes.ratio_se"),
-    ("most there is", "R*(k) = inf_b b k + b log Z_b", "frontier.most_reward"),
+    ("most there is", "R*(k) = inf_b b (k + log Z_b), b any price", "frontier.most_reward"),
 )
 
 
