@@ -68,7 +68,7 @@ lint: $(VENV) ## 0.1  ruff
 
 check: lint test ## 4.3  what CI runs: lint and test
 
-demo: $(VENV) ## 10   the whole story, from data to report, in runs/demo (replaced)
+demo: $(VENV) ## 8.3  the whole story, from data to report, in runs/demo (replaced)
 	rm -rf runs/demo && mkdir -p runs/demo && date +%s > runs/demo/started
 	$(MAKE) --no-print-directory report RUN=runs/demo BUDGET=$(BUDGET:main=demo)
 
@@ -77,20 +77,20 @@ $(DATA)/meta.json: data/hutto/prepare.py | $(VENV)
 	$(PY) data/hutto/prepare.py
 	touch $@
 
-pretrain: $(RUN)/gpt/summary.json ## 3.2  GPT on the snippets
+pretrain: $(RUN)/gpt/summary.json ## 2.8  GPT on the snippets
 $(RUN)/gpt/summary.json: | $(DATA)/meta.json
 	$(PY) train_pretrain.py gpt --data $(DATA) --out $(RUN)/gpt $(GPT) $(call go_on,gpt)
 
-bert: $(RUN)/bert/summary.json ## 3.8  BERT-style encoder on the snippets
+bert: $(RUN)/bert/summary.json ## 3.4  BERT-style encoder on the snippets
 $(RUN)/bert/summary.json: | $(DATA)/meta.json
 	$(PY) train_pretrain.py bert --data $(DATA) --out $(RUN)/bert $(BERT) $(call go_on,bert)
 
-reward: $(RUN)/reward/summary.json ## 18   reward model on the encoder, with what it needs
+reward: $(RUN)/reward/summary.json ## 15   reward model on the encoder, with what it needs
 $(RUN)/reward/summary.json: | $(RUN)/gpt/summary.json $(RUN)/bert/summary.json
 	$(PY) train_rlhf.py reward --data $(DATA) --init $(RUN)/bert --policy $(RUN)/gpt --out $(RUN)/reward $(REWARD) $(call go_on,reward)
 
 # the full run goes to two posteriors, those of beta .1 and .4
-rlhf: $(RUN)/ppo/summary.json $(if $(filter main,$(BUDGET)),$(RUN)/ppo-0.4/summary.json) ## 38   PPO towards two posteriors, with what it needs (sum of parts)
+rlhf: $(RUN)/ppo/summary.json $(if $(filter main,$(BUDGET)),$(RUN)/ppo-0.4/summary.json) ## 34   PPO towards two posteriors, with what it needs
 train_ppo = $(PY) train_rlhf.py ppo --data $(DATA) --policy $(RUN)/gpt --reward $(RUN)/reward --out $(RUN)/$(1) $(call go_on,$(1))
 $(RUN)/ppo/summary.json: | $(RUN)/reward/summary.json
 	$(call train_ppo,ppo) $(PPO)
@@ -118,7 +118,7 @@ $(RUN)/overoptimisation/ppo/summary.json: | $(RUN)/raters-first/summary.json $(R
 report: $(RUN)/ppo/summary.json ## 0.1  summary.json, report.html and figures of a run
 	$(PY) -m nanokl report $(RUN)
 
-results: $(VENV) ## 58   the README's table: demo, 4 more PPO seeds, the main run (sum of parts)
+results: $(VENV) ## 56   the README's table: demo, 4 more PPO seeds, the main run (sum of parts)
 	$(MAKE) demo
 	rm -rf runs/seeds
 	for seed in 1 2 3 4; do $(PY) train_rlhf.py ppo --data $(DATA) --policy runs/demo/gpt --reward runs/demo/reward --out runs/seeds/$$seed $(PPO_demo) --seed $$seed || exit; done
