@@ -100,7 +100,7 @@ $(RUN)/ppo-0.4/summary.json: | $(RUN)/reward/summary.json
 # other ways to the posterior, each for as long as PPO takes
 METHODS ?= ppo rloo grpo dpo dpg sft
 BETAS ?= 0.1 0.4
-trainers: $(foreach m,$(METHODS),$(foreach b,$(BETAS),$(RUN)/trainers/$(m)-$(b)/summary.json)) ## 56   every method at two prices, side by side
+trainers: $(foreach m,$(METHODS),$(foreach b,$(BETAS),$(RUN)/trainers/$(m)-$(b)/summary.json)) ## 53   every method at two prices, side by side
 	$(PY) -m nanokl report $(RUN)
 $(RUN)/trainers/%/summary.json: | $(RUN)/reward/summary.json
 	$(call train_ppo,trainers/$*) --method $(firstword $(subst -, ,$*)) --beta $(lastword $(subst -, ,$*)) $(if $(filter main,$(BUDGET)),$(TRAINER) --steps $(STEPS_$(firstword $(subst -, ,$*))),$(PPO))
@@ -118,7 +118,7 @@ $(RUN)/overoptimisation/ppo/summary.json: | $(RUN)/raters-first/summary.json $(R
 report: $(RUN)/ppo/summary.json ## 0.1  summary.json, report.html and figures of a run
 	$(PY) -m nanokl report $(RUN)
 
-results: $(VENV) ## 56   the README's table: demo, 4 more PPO seeds, the main run (sum of parts)
+results: $(VENV) ## 47   the README's table: demo, 4 more PPO seeds, the main run (sum of parts)
 	$(MAKE) demo
 	rm -rf runs/seeds
 	for seed in 1 2 3 4; do $(PY) train_rlhf.py ppo --data $(DATA) --policy runs/demo/gpt --reward runs/demo/reward --out runs/seeds/$$seed $(PPO_demo) --seed $$seed || exit; done
