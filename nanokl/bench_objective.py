@@ -3,7 +3,7 @@
 All start from the same random weights (a small GPT-2-shaped model whose next-token distributions
 are uneven), with one rule as reward, one beta and as many episodes, in batches of 64 with 4 epochs
 of updates on each, in float32, one seed a case. The learning rate was chosen for each optimiser, of
-which nanokl has two, among 3e-4, 1e-3, 3e-3 and 1e-2 at a seed that is no case (`RATES`). nanokl
+which nanokl has two, among 3e-4, 1e-3, 3e-3 and 1e-2 at seeds that are no case (RATES). nanokl
 lowers it as `train_rlhf.py ppo` does, TRL linearly to 0. What is left is TRL's own default, and
 nanokl's but for four: no shaping, which asks the reward for half a text and TRL has not, the lam
 .95 that goes with that, a critic at the policy's rate and not at five times it, and the momentum .9
@@ -39,7 +39,7 @@ CASES = tuple(
     for seed in range(3)
 )  # fmt: skip
 RATES = {"nanokl": 1e-2, "PPOTrainer": 3e-3, "RLOOTrainer": 1e-3}  # AdamW's
-OURS = {"dtype": "float32", "muon_lr": 3e-3}
+OURS = {"dtype": "float32", "muon_lr": 3e-3}  # and the rate of Muon, which the peers have not
 
 
 def reference(case: dict) -> GPT:
