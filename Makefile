@@ -47,7 +47,7 @@ PPO ?= $(PPO_$(BUDGET))
 go_on = $(if $(wildcard $(RUN)/$(1)/last/state.pt),--resume)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint check demo data pretrain bert reward rlhf trainers overoptimisation report results bench clean
+.PHONY: help setup test lint check demo data pretrain bert reward minilm classes rlhf trainers overoptimisation report results bench parity clean
 
 help: ## 0    this list
 	@echo "Minutes on a 2-core x86-64 CPU with AMX, 2026-11, after setup; a stage with what it needs:"
@@ -97,6 +97,23 @@ $(RUN)/ppo/summary.json: | $(RUN)/reward/summary.json
 $(RUN)/ppo-0.4/summary.json: | $(RUN)/reward/summary.json
 	$(call train_ppo,ppo-0.4) $(PPO_0.4)
 
+# others' encoder in the place of ours
+MINILM := data/minilm/model
+REWARD_minilm := --objective rating --members 2 --steps 1000 --eval_every 100 --patience 20 --muon_lr 0 --trunk_lr 0.05
+$(MINILM)/config.json: | $(VENV)
+	$(PY) data/minilm/prepare.py
+minilm: $(RUN)/minilm/summary.json ## 33   reward model on all-MiniLM-L6-v2, with what it needs
+$(RUN)/minilm/summary.json: | $(RUN)/gpt/summary.json $(MINILM)/config.json
+	$(PY) train_rlhf.py reward --data $(DATA) --init $(MINILM) --policy $(RUN)/gpt --out $(RUN)/minilm $(if $(filter tiny,$(BUDGET)),$(REWARD_tiny),$(REWARD_minilm)) $(call go_on,minilm)
+
+# the same texts in three classes, on three trunks
+CLASSES := --objective classes --steps 600 --eval_every 50 --group_size 32 --dropout 0.1
+classes: $(RUN)/classes/bert/summary.json $(RUN)/classes/gpt/summary.json $(RUN)/classes/minilm/summary.json ## 20   fine-tuning BERT, GPT and MiniLM side by side
+$(RUN)/classes/minilm/summary.json: | $(DATA)/meta.json $(MINILM)/config.json
+	$(PY) train_rlhf.py reward --data $(DATA) --init $(MINILM) --out $(RUN)/classes/minilm $(if $(filter tiny,$(BUDGET)),$(REWARD_tiny) --objective classes,$(CLASSES) --muon_lr 0 --trunk_lr 0.05) $(call go_on,classes/minilm)
+$(RUN)/classes/%/summary.json: | $(RUN)/gpt/summary.json $(RUN)/bert/summary.json
+	$(PY) train_rlhf.py reward --data $(DATA) --init $(RUN)/$* --out $(RUN)/classes/$* $(if $(filter tiny,$(BUDGET)),$(REWARD_tiny) --objective classes,$(CLASSES) --trunk_lr 0.5) $(call go_on,classes/$*)
+
 # other ways to the posterior, each for as long as PPO takes
 METHODS ?= ppo rloo grpo dpo dpg sft
 BETAS ?= 0.1 0.4
@@ -126,11 +143,12 @@ results: $(VENV) ## 47   the README's table: demo, 4 more PPO seeds, the main ru
 
 # What nanokl is measured against lives in environments of its own: it is no dependency. The last
 # trl that has PPOTrainer is 1.9.
-peers := transformers==5.23.0 liger-kernel==0.8.5 trl==1.16.0
-peers-ppo := transformers==5.23.0 trl==1.9.0
+peers := -e . transformers==5.23.0 liger-kernel==0.8.5 trl==1.16.0
+peers-ppo := -e . transformers==5.23.0 trl==1.9.0
+parity := -e '.[dev,parity]'
 .venv/%/ready: constraints.txt pyproject.toml
 	$(SYSTEM_PYTHON) -m venv .venv/$*
-	.venv/$*/bin/python -m pip install -q --disable-pip-version-check -e . $($*) -c constraints.txt
+	.venv/$*/bin/python -m pip install -q --disable-pip-version-check $($*) -c constraints.txt
 	touch $@
 
 data/shakespeare/meta.json: data/shakespeare/prepare.py | $(VENV)
@@ -140,5 +158,10 @@ data/shakespeare/meta.json: data/shakespeare/prepare.py | $(VENV)
 bench: $(VENV) .venv/peers/ready .venv/peers-ppo/ready data/shakespeare/meta.json ## 20   nanokl beside its peers: tables, and numbers in runs/bench
 	for suite in $(SUITES); do $(PY) -m nanokl bench $$suite $(BENCH) || exit; done
 
+# tests/fixtures keep what transformers computes for machines that have none
+parity: .venv/parity/ready $(MINILM)/config.json ## 1.5  the same numbers as transformers'; tests/fixtures made anew
+	.venv/parity/bin/python tests/make_fixtures.py
+	.venv/parity/bin/python -m pytest tests/test_parity.py tests/test_hf.py
+
 clean: ## 0    remove runs/ and the prepared data, keep .venv
-	rm -rf runs data/*/*.bin data/*/*.json data/*/*.jsonl
+	rm -rf runs data/*/*.bin data/*/*.json data/*/*.jsonl $(MINILM)

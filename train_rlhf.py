@@ -27,50 +27,47 @@ from nanokl import (
     training,
 )
 from nanokl import runtime as rt
-from nanokl.comparisons import (
-    finish_reward,
-    group_loss,
-    load_judgements,
-    reference_rollout,
-    test_pairs,
-)
-from nanokl.evaluation import Stage, compare, load_gpt, pretrained, prompt_docs
+from nanokl.classify import ClassTask
+from nanokl.comparisons import RewardTask
+from nanokl.evaluation import Stage, compare, load_gpt, prompt_docs
 from nanokl.gpt import GPT
 from nanokl.kl import BetaController
 from nanokl.posterior import Ruler, brief, check_samples, whole_account
-from nanokl.tokenizer import Tokenizer
 
 
 @dataclass(kw_only=True)
 class Flags:
     """Flags that all stages share."""
 
-    data: Path  # a prepared folder, such as data/hutto
+    data: Path  # a prepared folder, such as data/hutto; reward also takes a file of labelled texts
     out: Path  # the run's folder; must not hold another run
     resume: bool = False  # go on with the run in --out
     steps: int  # gradient steps (reward) or batches of rollouts (ppo)
     lr: float  # AdamW's peak learning rate (embeddings, norms, biases, heads)
-    muon_lr: float  # Muon's peak learning rate (the blocks' matrices)
+    muon_lr: float  # Muon's peak learning rate (the blocks' matrices); 0: AdamW has them
     weight_decay: float = 0.1  # decoupled, on matrices
+    freeze: int = 0  # of the pretrained model, the embeddings and this many blocks stay
     seed: int = 0  # of everything random
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "auto"  # auto, float32 or bfloat16
 
     def __post_init__(self):
-        require_positive(self, "lr", "muon_lr", "steps")
+        require_positive(self, "lr", "steps")
 
 
 @dataclass(kw_only=True)
 class RewardFlags(Flags, ppo.SamplingConfig):
-    """A scalar head on a pretrained trunk, by Bradley-Terry on single raters' comparisons."""
+    """A head on a pretrained trunk, learnt from single raters' comparisons, ratings or classes."""
 
-    init: Path  # the trunk: a BERT run, or a GPT run
-    policy: Path  # the reference policy whose samples get mean 0 and sd 1
+    init: Path  # the trunk: a run or a Hugging Face folder of BERT or GPT-2
+    policy: Path | None = None  # the reference policy, whose samples get mean 0 and sd 1
+    objective: Literal["bradley-terry", "rating", "classes"] = "bradley-terry"  # what is learnt
     steps: int = 600  # gradient steps
     n_groups: int = 4  # groups a step, over all processes, each of one domain
     group_size: int = 32  # snippets a group; all their pairs are compared
     lr: float = 2e-3
     muon_lr: float = 3e-3
+    trunk_lr: float = 1.0  # the trunk's rates, times lr and muon_lr; .05 for one that knows much
     weight_decay: float = 0.3
     dropout: float = 0.1  # in the trunk and before the head
     word_dropout: float = 0.1  # share of tokens hidden by [MASK]
@@ -86,7 +83,10 @@ class RewardFlags(Flags, ppo.SamplingConfig):
     def __post_init__(self):
         Flags.__post_init__(self)
         ppo.SamplingConfig.__post_init__(self)
-        require_positive(self, "eval_every", "patience", "n_samples", "members")
+        require_positive(self, "eval_every", "patience", "n_samples", "members", "trunk_lr")
+        if (self.policy is None) != (self.objective == "classes"):
+            raise UserError(f"--policy is {self.policy} and --objective {self.objective}: scores "
+                            "are normalised on a policy's samples, classes are not")
         for name in ("word_dropout", "ngram_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give 0 <= {name} < 1")
@@ -96,7 +96,7 @@ class RewardFlags(Flags, ppo.SamplingConfig):
 class PPOFlags(Flags, trainers.TrainerConfig):
     """From a pretrained GPT towards its posterior: KL-penalised PPO, or another --method."""
 
-    policy: Path  # the GPT run to start from; it stays the reference
+    policy: Path  # the GPT run, or GPT-2 folder, to start from; it stays the reference
     reward: str  # a reward run, or FILE.py:FUNCTION
     gold: str | None = None  # another one that only watches: what the first was to stand for
     steps: int = 40  # batches of rollouts
@@ -136,22 +136,18 @@ class PPOFlags(Flags, trainers.TrainerConfig):
 
 
 def train_reward(flags: RewardFlags) -> None:
-    """The whole run: comparisons, early stop on validation, normalisation, test numbers."""
+    """The whole run: judgements, early stop on validation, test numbers."""
     # 1. Trunk, judgements, yardstick (wrong flags show), optimisers; on --resume their state.
     runtime = rt.setup(flags.device, flags.dtype)
-    tokenizer = Tokenizer.load(flags.data)
-    trunk = reward.load_trunk(pretrained(flags.init, tokenizer), dropout=flags.dropout)
-    torch.manual_seed(flags.seed)  # the head
-    train, val, test = load_judgements(flags)
-    yardstick = reference_rollout(load_gpt(flags, tokenizer, runtime), flags, tokenizer, runtime)
-    core = reward.RewardModel.on(
-        trunk, n_domain=len(train.domain_names), dropout=flags.dropout, members=flags.members,
-        ngram_dropout=flags.ngram_dropout,
-        vocabulary=reward.learn_vocabulary(tokenizer, train, trunk)).to(runtime.device)
+    task = (ClassTask if flags.objective == "classes" else RewardTask)(flags, runtime)
+    core, tokenizer = task.core, task.tokenizer
+    speed = {name: flags.trunk_lr for name, _ in core.named_parameters() if "trunk." in name}
     optimizers = optim.make_optimizers(core, lr=flags.lr, muon_lr=flags.muon_lr, betas=(0.9, 0.98),
-                                       weight_decay=flags.weight_decay, dtype=runtime.dtype)
+                                       weight_decay=flags.weight_decay, dtype=runtime.dtype,
+                                       speed=speed)
     average = AveragedModel(core, multi_avg_fn=get_ema_multi_avg_fn(0.98))  # steadier than core
-    start, best, last = 0, {"step": 0, "val_pair_accuracy": 0.0}, False
+    metric = f"val_{task.metric}"
+    start, best, last = 0, {"step": 0, metric: -1.0}, False
     if training.open_run(flags, runtime):
         state = training.load_last(flags.out, core, optimizers, tokenizer=tokenizer)
         start, best, last = state["step"], state["best"], state["last"]
@@ -159,26 +155,25 @@ def train_reward(flags: RewardFlags) -> None:
     model = runtime.wrap(core)
     log = metrics.Log(flags.out, total=flags.steps, unit="step", is_main=runtime.is_main,
                       resume_step=start)
-    # 2. Gradient steps; now and then the validation pairs. The best and the last model are kept.
+    # 2. Gradient steps; now and then the validation texts. The best and the last model are kept.
     with training.nothing_half_written(flags.out, runtime), log, rt.Interrupt() as interrupt:
         for step in range(start + 1, (start if last else flags.steps) + 1):
             core.train()
             training.seed_step(flags.seed, step, runtime)
             optim.set_lr(optimizers, optim.lr_scale(step - 1, flags.steps, warmup=flags.warmup,
                                                     decay=flags.decay))
-            loss = group_loss(model, core, flags, tokenizer, train, step - 1, runtime)
+            loss = task.loss(model, step - 1)
             training.gradient_step(loss, core.parameters(), optimizers, step=step, out=flags.out,
                                    max_grad_norm=math.inf)  # one norm would tie the parts together
             average.update_parameters(core)
-            log.step(step, loss_nats_per_pair=runtime.mean(loss.detach()).item())
+            log.step(step, **{task.loss_name: runtime.mean(loss.detach()).item()})
             stop, last = runtime.any(interrupt.set), step == flags.steps
             if step % flags.eval_every == 0 or last:
-                report = test_pairs(average.module, tokenizer, val, runtime)
-                log.event(step, val_nats_per_pair=report["nats_per_pair"],
-                          val_pair_accuracy=report["pair_accuracy"])
-                training.check_finite(math.isfinite(report["nats_per_pair"]), step, flags.out)
-                if report["pair_accuracy"] > best["val_pair_accuracy"]:
-                    best = {"step": step, "val_pair_accuracy": report["pair_accuracy"]}
+                report = {f"val_{key}": x for key, x in task.validate(average.module).items()}
+                log.event(step, **report)
+                training.check_finite(all(map(math.isfinite, report.values())), step, flags.out)
+                if report[metric] > best[metric]:
+                    best = {"step": step, metric: report[metric]}
                     if runtime.is_main:
                         checkpoint.save(flags.out / "best", average.module, tokenizer=tokenizer)
                 last = last or step - best["step"] >= flags.patience * flags.eval_every
@@ -191,9 +186,9 @@ def train_reward(flags: RewardFlags) -> None:
             if stop:
                 runtime.barrier()  # the main process has saved
                 training.leave(interrupt, log, step, flags.out)
-        # 3. The best model, normalised on samples of the reference, on the test snippets.
+        # 3. The best model on the test texts.
         runtime.barrier()
-        report = finish_reward(flags, tokenizer, val, test, yardstick, runtime)
+        report = task.finish()
         log.close({"best_step": best["step"], "steps": start, "seed": flags.seed, **report})
 
 
@@ -287,8 +282,8 @@ def train_ppo(flags: PPOFlags) -> None:
     """The whole run: rollouts, updates, the final numbers on fresh samples."""
     # 1. Reference, policy, reward, prompts; on --resume their state.
     runtime = rt.setup(flags.device, flags.dtype)
-    tokenizer = Tokenizer.load(flags.data)
-    ref = load_gpt(flags, tokenizer, runtime).requires_grad_(False)
+    ref, tokenizer = load_gpt(flags, runtime)
+    ref.requires_grad_(False)
     score, guess = reward.load_reward(flags.reward, runtime)
     gold = reward.load_reward(flags.gold, runtime)[0] if flags.gold else None
     stage = Stage(flags, runtime, tokenizer, ref, score, flags.seed, gold, guess)
@@ -300,6 +295,7 @@ def train_ppo(flags: PPOFlags) -> None:
     critic = flags.method == "ppo"
     policy = ppo.make_policy(ref, critic_layers=flags.critic_layers if critic else 0)
     policy.value.requires_grad_(critic)
+    training.freeze(policy, flags.freeze)
     optimizers = policy_optimizers(policy, flags, runtime)
     controller = BetaController(flags.beta, flags.kl_target)
     start, first, judge = 0, {}, None

@@ -13,17 +13,24 @@ Glossary
     gap                     log Z - J / beta = KL(policy || pi*)
 
 Reading order
-    transformer, gpt, generate, train_pretrain.py      a language model
+    layers, transformer, gpt, generate                 a language model; train_pretrain.py
     tokenizer, data, bert                              its text, and an encoder
+    hf, weights, wordpiece, hf_tokenizer, export       GPT-2 and BERT, in and out
     logprob, ngrams, reward, kl, ppo, train_rlhf.py    from human ratings to a policy
-    judgements, agreement, comparisons                 what raters said, and how far a model agrees
+    trunks, judgements, agreement, comparisons         what raters said, and how far a model agrees
+    labelled, classify                                 classes of texts
     exact, bayes, posterior, frontier                  the posterior, and the gap to it
     samplers, smc, trainers                            other ways to the same posterior
     optim, runtime, checkpoint, metrics, report        what every run needs
     throughput                                         how fast it goes
 """
 
+import dataclasses
+import math
+
 __version__ = "0.1.0"
+NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "a name",
+         dict: "named values"}
 
 
 class UserError(ValueError):
@@ -35,3 +42,16 @@ def require_positive(config, *names: str) -> None:
     for name in names:
         if getattr(config, name) is not None and not getattr(config, name) > 0:
             raise UserError(f"{name} is {getattr(config, name)}: give a number above 0")
+
+
+def require_types(config) -> None:
+    """Raises UserError for the first field of a dataclass that is not of its own, plain type.
+
+    JSON has any type under any name. A whole number will do for a float, which must be finite.
+    """
+    for field in dataclasses.fields(config):
+        value, kind = getattr(config, field.name), field.type
+        if kind in (bool, int, float, str, dict):
+            fits = type(value) is kind or (kind is float and type(value) is int)
+            if not fits or (kind is float and not math.isfinite(value)):
+                raise UserError(f"{field.name} is {value!r}: give {NOUNS[kind]}")

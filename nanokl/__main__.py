@@ -1,20 +1,23 @@
-"""Use what was trained: python -m nanokl {sample,fill-mask,score,report,posterior,bench}."""
+"""Use what was trained: python -m nanokl {sample,fill-mask,embed,score,export,...}."""
 
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
+import numpy as np
 import tyro
 
 from nanokl import UserError, bench, bert, checkpoint, kl_table, posterior, require_positive
 from nanokl import runtime as rt
+from nanokl.classify import Classifier
+from nanokl.export import export
 from nanokl.generate import generate
 from nanokl.gpt import GPT
+from nanokl.hf_tokenizer import load_tokenizer
 from nanokl.report import write_report
 from nanokl.reward import RewardModel
-from nanokl.tokenizer import Tokenizer
 
 
 @dataclass
@@ -35,7 +38,7 @@ class Sample:
         require_positive(self, "n")
         runtime = rt.setup(self.device, "float32")
         folder = checkpoint.resolve(self.run)
-        tokenizer = Tokenizer.load(folder)
+        tokenizer = load_tokenizer(folder)
         model = GPT.from_pretrained(folder, dropout=0.0).to(runtime.device).eval()
         stop = tokenizer.special("<|endoftext|>")
         ids = [stop, *tokenizer.encode(self.prompt)]
@@ -56,26 +59,75 @@ class FillMask:
 
     def __call__(self) -> None:
         folder = checkpoint.resolve(self.run)
-        tokenizer, model = Tokenizer.load(folder), bert.BERT.from_pretrained(folder, dropout=0.0)
+        tokenizer, model = load_tokenizer(folder), bert.BERT.from_pretrained(folder, dropout=0.0)
         for _, p, filled in bert.fill_mask(model.eval(), tokenizer, self.text, self.top_k):
             print(f"{p:6.3f}  {filled}")
 
 
 @dataclass
+class Embed:
+    """Sentence embeddings by an encoder: a line of JSON a text, or a table in a file."""
+
+    run: Annotated[Path, tyro.conf.Positional]  # a BERT run or folder, such as all-MiniLM-L6-v2
+    texts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # texts
+    file: Path | None = None  # a text a line, besides those
+    out: Path | None = None  # FILE.npy for the embeddings, float32 (texts, width)
+    device: str = "auto"  # auto, cpu, cuda or mps
+
+    def __call__(self) -> None:
+        texts = list(self.texts)
+        if self.file is not None:
+            texts += self.file.read_bytes().decode("utf-8", "replace").splitlines()
+        if not texts or (self.out is not None and self.out.suffix != ".npy"):
+            raise UserError(f"embed got {len(texts)} texts and --out {self.out}: give texts, or a "
+                            "--file of one a line, and for --out a name that ends in .npy")
+        runtime, folder = rt.setup(self.device, "float32"), checkpoint.resolve(self.run)
+        model = bert.BERT.from_pretrained(folder, dropout=0.0).to(runtime.device).eval()
+        embeddings = bert.embed(model, load_tokenizer(folder), texts,
+                                longest=bert.longest_text(folder, model.config.block_size))
+        if self.out is not None:
+            np.save(self.out, embeddings.numpy())
+            print(f"{self.out}: {len(texts)} texts, {embeddings.shape[1]} numbers each, of norm 1")
+            return
+        for text, row in zip(texts, embeddings.tolist(), strict=True):
+            print(json.dumps({"text": text, "embedding": row}, ensure_ascii=False))
+
+
+@dataclass
+class Export:
+    """A run's model as a folder that other tools open, with a model card."""
+
+    run: Annotated[Path, tyro.conf.Positional]  # a run or checkpoint folder
+    folder: Annotated[Path, tyro.conf.Positional]  # a new folder
+    to: Literal["hf"] = "hf"  # Hugging Face's layout
+
+    def __call__(self) -> None:
+        print(export(self.run, self.folder))
+
+
+@dataclass
 class Score:
-    """What a reward model makes of texts: 0 and 1 are its reference policy's mean and sd."""
+    """What a reward model makes of texts, in its reference's mean and sd; or a text's likely class.
+
+    A classifier prints the class, its probability first.
+    """
 
     run: Annotated[Path, tyro.conf.Positional]  # a reward run, such as runs/demo/reward
     texts: Annotated[tuple[str, ...], tyro.conf.Positional]  # one or more texts
 
     def __call__(self) -> None:
         folder = checkpoint.resolve(self.run)
-        model, tokenizer = checkpoint.load(folder, RewardModel), Tokenizer.load(folder)
+        kind = {"Classifier": Classifier}.get(checkpoint.read_config(folder)["model"], RewardModel)
+        model, tokenizer = checkpoint.load(folder, kind), load_tokenizer(folder)
         room = model.config.trunk_config["block_size"] - 2  # between [CLS] and [SEP]
         lengths = [len(ids) for ids in tokenizer.encode_batch(self.texts)] or [0]
         if not 0 < min(lengths) <= max(lengths) <= room:
             raise UserError(f"the texts have {min(lengths)} to {max(lengths)} tokens: give texts "
                             f"of 1 to {room}")
+        if kind is Classifier:
+            for p, text in zip(model.predict(tokenizer, self.texts), self.texts, strict=True):
+                print(f"{p.max():.3f}  {model.config.labels[int(p.argmax())]}  {text}")
+            return
         for score, text in zip(model.score_texts(tokenizer, self.texts), self.texts, strict=True):
             print(f"{score:+.3f}  {text}")
 
@@ -158,8 +210,8 @@ def _progress(line: str) -> None:
 
 
 def main() -> None:
-    commands = {"sample": Sample, "fill-mask": FillMask, "score": Score, "report": Report,
-                "posterior": Posterior, "bench": Bench}
+    commands = {"sample": Sample, "fill-mask": FillMask, "embed": Embed, "score": Score,
+                "export": Export, "report": Report, "posterior": Posterior, "bench": Bench}
     rt.parse_flags(commands, prog="python -m nanokl", description=__doc__)()
 
 

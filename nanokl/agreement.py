@@ -42,20 +42,25 @@ def bootstrap_se(right: np.ndarray, weight: np.ndarray, a: np.ndarray, b: np.nda
     return float(np.std(sums[0] / np.maximum(sums[1], np.finfo(float).tiny)))
 
 
+def _known(x: float) -> float | None:
+    return None if np.isnan(x) else float(x)
+
+
 def pair_report(score: np.ndarray, j: Judgements) -> dict:
     """How far scores (n,) of snippets agree with single raters, beside how far other raters do.
 
     Exactly, over all pairs of snippets and of their raters: pair accuracy with human ceiling,
     pooled (equal shares of the domains) and by domain, nats per pair, and calibration of
     sigmoid(score_a - score_b). The standard errors are over snippets. Pearson r with the mean
-    rating beside one rater's r with the others' mean.
+    rating beside one rater's r with the others' mean. What others say is None where there are none.
     """
     pairs = j.pairs
     margin, weight = score[pairs.a] - score[pairs.b], pairs.wins + pairs.loses
     right = np.where(margin == 0, weight / 2, np.where(margin > 0, pairs.wins, pairs.loses))
     pick = np.random.default_rng(0).integers(j.n_ratings)
     one = j.ratings[np.arange(len(score)), pick]  # a random rater of each snippet
-    others = (j.ratings.sum(1) - one) / (j.n_ratings - 1)
+    with np.errstate(invalid="ignore"):  # where one rater rated a text there are no others
+        others = (j.ratings.sum(1) - one) / (j.n_ratings - 1)
     domains = {}
     for d in np.unique(j.domains):
         rows, mine = pairs.domain == d, j.domains == d
@@ -63,9 +68,9 @@ def pair_report(score: np.ndarray, j: Judgements) -> dict:
             "pair_accuracy": float(right[rows].sum() / weight[rows].sum()),
             "pair_accuracy_se": bootstrap_se(right[rows], weight[rows], pairs.a[rows],
                                              pairs.b[rows], seed=0),
-            "human_ceiling": float(pairs.human[rows].sum() / weight[rows].sum()),
+            "human_ceiling": _known(pairs.human[rows].sum() / weight[rows].sum()),
             "pearson_r": float(np.corrcoef(score[mine], j.mean()[mine])[0, 1]),
-            "human_r": float(np.corrcoef(one[mine], others[mine])[0, 1]),
+            "human_r": _known(np.corrcoef(one[mine], others[mine])[0, 1]),
             "n_pairs": int(rows.sum()), "n_snippets": int(mine.sum()),
         }
     bins = calibration(margin, right, weight)
@@ -74,7 +79,7 @@ def pair_report(score: np.ndarray, j: Judgements) -> dict:
     nats = pairs.wins @ np.logaddexp(0, -margin) + pairs.loses @ np.logaddexp(0, margin)
     return {
         "pair_accuracy": float(right.sum()), "pair_accuracy_se": se,
-        "human_ceiling": float(pairs.human.sum()), "nats_per_pair": float(nats),
+        "human_ceiling": _known(pairs.human.sum()), "nats_per_pair": float(nats),
         "pearson_r": {name: d["pearson_r"] for name, d in domains.items()},
         "human_r": {name: d["human_r"] for name, d in domains.items()},
         "domains": domains, "calibration": bins, "calibration_error": float(miss),

@@ -1,17 +1,22 @@
-"""BERT: the bidirectional trunk with a masked-language-model head, and fill_mask.
+"""BERT: the bidirectional trunk, its masked-language-model head, fill_mask, sentence embeddings.
 
 The head runs on masked positions only: `linear_logprob(model.transform(h[predict]),
 model.head.weight, targets[predict], bias=model.head.bias)`. Left out: next-sentence prediction
 (RoBERTa, arXiv:1907.11692, found it of no use).
 """
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanokl import UserError
 from nanokl.checkpoint import Pretrained
+from nanokl.data import text_batch
 from nanokl.tokenizer import Tokenizer
 from nanokl.transformer import Transformer, TransformerConfig, make_norm
 
@@ -20,6 +25,7 @@ from nanokl.transformer import Transformer, TransformerConfig, make_norm
 class BERTConfig(TransformerConfig):
     causal: bool = False  # every position sees the whole text
     head_transform: bool = False  # dense + GELU + norm before the tied head, as in the original
+    mlm_head: bool = True  # sentence encoders come without a head for masked tokens
 
 
 PRESETS = {  # switches only; sizes are the caller's
@@ -33,21 +39,32 @@ PRESETS = {  # switches only; sizes are the caller's
 class BERT(Transformer, Pretrained):
     """p(token at a masked position | the rest of the text) = softmax(head(transform(h)))."""
 
-    Config = BERTConfig
+    Config, presets = BERTConfig, PRESETS
 
     def __init__(self, config: BERTConfig, rng: torch.Generator | None = None):
         super().__init__(config)
         self.transform: nn.Module = nn.Identity()
-        if config.head_transform:
+        if config.head_transform and config.mlm_head:
             dense = nn.Linear(config.n_embd, config.n_embd)
             self.transform = nn.Sequential(dense, nn.GELU(), make_norm(config))
-        self.head = nn.Linear(config.n_embd, config.vocab_size)
-        self.head.weight = self.wte.weight
+        if config.mlm_head:
+            self.head = nn.Linear(config.n_embd, config.vocab_size)
+            self.head.weight = self.wte.weight
         self.init_weights(rng)
 
     def logits(self, h: Tensor) -> Tensor:
-        """(..., C) -> (..., V), float32."""
+        """(..., C) -> (..., V), float32; UserError without a head for masked tokens."""
+        if not self.config.mlm_head:
+            raise UserError("this encoder has no head for masked tokens: give a BERT that has one, "
+                            "or use this one for embeddings and as a trunk")
         return self.head(self.transform(h)).float()
+
+
+def _as_text(tokenizer, token: int) -> str:
+    """A token as it stands in a text, the space before a word with it."""
+    if token in tokenizer.special_ids:
+        return " " + tokenizer.decode([token])
+    return tokenizer.tokens[token].decode(errors="replace")
 
 
 @torch.no_grad()
@@ -68,6 +85,46 @@ def fill_mask(model: BERT, tokenizer: Tokenizer, text: str, top_k: int = 5):
                         f"{model.config.block_size}: shorten it")
     h = model(torch.tensor([ids], device=model.wte.weight.device))[0, 1 + len(left)]  # (C,)
     p, token = model.logits(h).softmax(-1).topk(top_k)
-    filled = [tokenizer.decode([*left, t, *right]) for t in token.tolist()]
+    filled = [before.removesuffix(" ") + _as_text(tokenizer, t) + after for t in token.tolist()]
     names = [tokenizer.decode([t]).removeprefix(space) for t in token.tolist()]
     return list(zip(names, p.tolist(), filled, strict=True))
+
+
+def longest_text(folder: Path, context: int) -> int:
+    """Tokens after which a sentence encoder's texts are cut: its folder's word, or the context.
+
+    UserError for a folder that pools otherwise than by the mean.
+    """
+    try:
+        files = (folder / "sentence_bert_config.json", folder / "1_Pooling" / "config.json")
+        length, pooling = ({} if not path.is_file() else json.loads(path.read_bytes())
+                           for path in files)
+        others = [key for key, on in pooling.items() if on is True and "_mode_" in key
+                  and key != "pooling_mode_mean_tokens"]
+        longest = min(context, max(3, int(length.get("max_seq_length") or context)))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{folder} does not say how its embeddings are pooled ({error}): mend "
+                        f"{files[0].name} or take it away") from None
+    if others:
+        raise UserError(f"{folder} has {others[0]}: only the mean of all tokens is computed here")
+    return longest
+
+
+@torch.no_grad()
+def embed(model: BERT, tokenizer, texts: Sequence[str], *, longest: int | None = None,
+          batch: int = 64) -> Tensor:
+    """Embeddings (N, C) of texts, float32, of norm 1: the mean hidden state of their tokens.
+
+    [CLS] and [SEP] count (Reimers & Gurevych, arXiv:1908.10084). Texts are cut after `longest`
+    tokens, those two included; as many as the model's context unless given.
+    """
+    out = torch.empty(len(texts), model.config.n_embd)
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # so that little is padding
+    for i in range(0, len(texts), batch):
+        rows = order[i : i + batch]
+        idx, mask = text_batch(tokenizer, [texts[r] for r in rows],
+                               block_size=longest or model.config.block_size)
+        idx, mask = idx.to(model.wte.weight.device), mask.to(model.wte.weight.device)
+        h = model(idx, mask) * mask[..., None]  # (B, T, C)
+        out[rows] = F.normalize((h.sum(1) / mask.sum(1, keepdim=True)).float(), dim=1).cpu()
+    return out

@@ -4,7 +4,8 @@
             best/ last/                              checkpoints; last/ has state.pt
 
 A folder is written beside its place and renamed, so a crash at any moment, or a full disk, leaves
-the old checkpoint or the new one. Left out: sharded files, other libraries' layouts, pickles.
+the old checkpoint or the new one. GPT-2 and BERT in Hugging Face's layout are read as well (hf.py);
+export.py writes it. Left out: pickles, but for state.pt, whose reader takes plain data only.
 """
 
 import contextlib
@@ -17,13 +18,13 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from nanokl import UserError, __version__
+from nanokl import UserError, __version__, hf, weights
 
-CONFIG, WEIGHTS, STATE, FLAGS = "config.json", "model.safetensors", "state.pt", "flags.json"
+CONFIG, STATE, FLAGS = "config.json", "state.pt", "flags.json"
+COUNTS = ("n_layer", "critic_layers", "members")  # fields that say how many modules are built
 TAKEN = (FLAGS, "metrics.jsonl", "summary.json", "meta.json", CONFIG)  # of a run, or of data
 PLAIN = (bool, int, float, str, bytes, type(None))  # exact types: np.float64 is a float, not plain
 
@@ -93,18 +94,17 @@ def save(folder, model: nn.Module, *, tokenizer=None, state: dict | None = None)
     folder = Path(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         try:
-            read_config(folder)  # the old folder is deleted as a whole: it had better be ours
+            read_config(folder, own=True)  # it is deleted as a whole: it had better be ours
         except UserError as error:
             raise UserError(f"{error}; a checkpoint would replace it: choose a new name") from None
     _assert_plain(state)
     with replacing(folder) as tmp:
         (tmp / CONFIG).write_bytes(_json({"nanokl": __version__, "model": type(model).__name__,
                                           "config": dataclasses.asdict(model.config)}))
-        # Through bytes: the libraries' own writers turn a full disk into errors of their own.
-        weights = {name: x.detach().cpu().contiguous() for name, x in _tensors(model).items()}
-        (tmp / WEIGHTS).write_bytes(safetensors.torch.save(weights, {"format": "pt"}))
         if tokenizer is not None:
             tokenizer.save(tmp)
+        weights.write(tmp, {name: x.detach().cpu().contiguous()
+                            for name, x in weights.tensors(model).items()})
         if state is not None:
             buffer = io.BytesIO()
             torch.save(state, buffer)
@@ -113,13 +113,6 @@ def save(folder, model: nn.Module, *, tokenizer=None, state: dict | None = None)
 
 def _json(x) -> bytes:
     return (json.dumps(x, indent=1, default=str) + "\n").encode()  # paths as text
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, a tied weight once, under its first name."""
-    names: dict[int, str] = {}
-    state = model.state_dict(keep_vars=True)
-    return {name: x for name, x in state.items() if names.setdefault(id(x), name) == name}
 
 
 def _assert_plain(x, where: str = "state") -> None:
@@ -132,15 +125,24 @@ def _assert_plain(x, where: str = "state") -> None:
         assert isinstance(x, Tensor) or type(x) in PLAIN, f"{where} is {type(x)}: not plain data"
 
 
-def read_config(folder: Path | str) -> dict:
-    """{"nanokl": version, "model": class name, "config": fields}; UserError if it is not there."""
+def read_config(folder: Path | str, *, own: bool = False) -> dict:
+    """{"nanokl": version, "model": class name, "config": fields}; UserError if it is not there.
+
+    Of a folder in Hugging Face's layout, unless it must be nanokl's `own`, the fields that the
+    class's preset leaves open, and that preset's name as "hf".
+    """
     path = _present(folder) / CONFIG
     try:
         config = json.loads(path.read_bytes())
+        if "model_type" in config and "nanokl" not in config and not own:
+            model, fields = hf.config_in(config, weights.header(path.parent))
+            return {"hf": config["model_type"], "model": model, "config": fields}
         return {key: config[key] for key in ("nanokl", "model", "config")}
     except OSError as error:
         raise UserError(f"{folder} is no checkpoint ({CONFIG}: {error.strerror})") from None
-    except (ValueError, KeyError, TypeError):
+    except UserError as error:
+        raise UserError(f"{path} cannot be used: {error}") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path} is damaged or not written by nanokl: use another") from None
 
 
@@ -154,18 +156,44 @@ def load(folder: Path | str, cls: type[nn.Module], **config_overrides) -> nn.Mod
     if saved["model"] != cls.__name__:
         raise UserError(f"{folder} holds a {saved['model']} but a {cls.__name__} is needed: "
                         f"give the folder of a {cls.__name__}")
-    # A UserError of the config's own (heads that do not divide the width) says enough already.
-    try:
-        model = cls(cls.Config(**{**saved["config"], **config_overrides}))
-    except TypeError as error:
-        raise UserError(f"{folder}, written by nanokl {saved['nanokl']}, has a config that nanokl "
-                        f"{__version__} cannot use ({error}): use another checkpoint") from None
-    load_weights(folder, model)
+    folder, kind = _present(folder), saved.get("hf")
+    n_tensors = len(weights.header(folder))
+    try:  # somebody else's values may be of any type and size, and fail anywhere
+        preset = cls.presets[kind] if kind else {}
+        config = cls.Config(**{**preset, **saved["config"], **config_overrides})
+        _check_counts(dataclasses.asdict(config), n_tensors)
+        with torch.device("meta"):  # sizes without memory: absurd ones are never built
+            sketch = cls(config)
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG}: {error}") from None
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        writer = f"nanokl {saved['nanokl']}" if kind is None else "others"
+        raise UserError(f"{folder}, written by {writer}, has a config that nanokl {__version__} "
+                        f"cannot use ({reason}): use another") from None
+    weights.check(folder, sketch, kind)
+    model = cls(config)
+    weights.load(folder, model, kind)
     return model
 
 
+def _check_counts(fields: dict, n_tensors: int) -> None:
+    """UserError where a config asks for more modules than its file has tensors."""
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            _check_counts(value, n_tensors)
+        elif name in COUNTS and value > n_tensors:
+            raise UserError(f"{name} is {value}, but there are {n_tensors} tensors: use another "
+                            "config")
+
+
+def load_weights(folder: Path | str, model: nn.Module) -> None:
+    """Copies a checkpoint's tensors into `model`, all or none; UserError if they do not fit."""
+    weights.load(_present(folder), model, read_config(folder).get("hf"))
+
+
 class Pretrained:
-    """Checkpoints as methods, for a module that has a `Config`."""
+    """Checkpoints as methods, for a module that has a `Config` and `presets` of its switches."""
 
     @classmethod
     def from_pretrained(cls, folder, **overrides):
@@ -174,21 +202,6 @@ class Pretrained:
 
     def save_pretrained(self, folder) -> None:
         save(folder, self)
-
-
-def load_weights(folder: Path | str, model: nn.Module) -> None:
-    """Copies the checkpoint's tensors into `model`, all or none; UserError if they do not fit."""
-    path = _present(folder) / WEIGHTS
-    try:
-        saved = safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path} is missing, truncated or damaged ({error}): use another") from None
-    wanted, found = ({k: tuple(x.shape) for k, x in d.items()} for d in (_tensors(model), saved))
-    if wrong := sorted({name for name, _ in wanted.items() ^ found.items()}):
-        shape, needed = (x.get(wrong[0], "absent") for x in (found, wanted))
-        raise UserError(f"{path} does not fit this {type(model).__name__} ({len(wrong)} tensors "
-                        f"differ): {wrong[0]} is {shape}, not {needed}; use its own checkpoint")
-    model.load_state_dict(saved, strict=False)  # a tied weight is saved under one of its names
 
 
 def load_state(folder: Path | str) -> dict:

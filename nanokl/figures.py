@@ -59,10 +59,10 @@ def draw(folder: Path, summary: dict, rows: list[dict], name: str, title: str, y
         if not paint(axes, summary, rows, *what):
             return ""
         axes.xaxis.label.set_color(MUTED)
-        many = len(axes.get_legend_handles_labels()[0]) > 6
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False,
-                    labelcolor="mec", fontsize=9, labelspacing=0.5 if many else 1.2,
-                    handlelength=1.2, borderpad=0)
+        if named := len(axes.get_legend_handles_labels()[0]):
+            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False,
+                        labelcolor="mec", fontsize=9, labelspacing=0.5 if named > 6 else 1.2,
+                        handlelength=1.2, borderpad=0)
         # the y axis is named above it, level, where a phone's reader need not turn their head
         figure.text(0.008, 0.945, title, color=INK, fontsize=11, fontweight="bold")
         figure.text(0.008, 0.87, y, color=MUTED)
@@ -238,4 +238,20 @@ def overoptimisation(axes, summary: dict, rows: list[dict]) -> bool:
     _line_and_band(axes, np.sqrt(kl), reward, OURS, "trained on")
     _line_and_band(axes, np.sqrt(kl), gold, YARD, "gold")
     axes.set_xlabel("square root of the KL in nats per sequence")
+    return True
+
+
+def confusion(axes, summary: dict, rows: list[dict]) -> bool:
+    """Which class texts of each class were given: shares of the row as shades, counts as text."""
+    counts, labels = np.array(summary["confusion"]), summary["labels"]
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    axes.grid(False)
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1.25, aspect="auto")
+    places = range(len(labels))
+    axes.set_xticks(places, labels, rotation=0 if len(labels) < 5 else 60)
+    axes.set_yticks(places, labels, rotation=90 if len(labels) < 5 else 0, va="center")
+    axes.set_xlabel("called")
+    for i, j in np.ndindex(*counts.shape) if len(labels) <= 12 else ():
+        axes.annotate(f"{counts[i, j]:,}\n{share[i, j]:.0%}", (j, i), ha="center", va="center",
+                      fontsize=8, color=INK)
     return True

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanokl import UserError
-from nanokl.transformer import Linear
+from nanokl.layers import Linear
 
 TILE = 256  # tokens whose probabilities are summed together before the CDF is looked at
 WINDOW = 16  # slots by which a compiled step's view of its cache grows

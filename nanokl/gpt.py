@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from nanokl import UserError
 from nanokl.checkpoint import Pretrained
+from nanokl.layers import Linear
 from nanokl.ngram_embedding import NgramEmbedding
-from nanokl.transformer import KVCache, Linear, Transformer, TransformerConfig
+from nanokl.transformer import KVCache, Transformer, TransformerConfig
 
 
 @dataclass
@@ -42,7 +43,7 @@ PRESETS = {  # switches only; sizes are the caller's
 class GPT(Transformer, Pretrained):
     """p(idx[:, t+1] | idx[:, :t+1]) = softmax(head(h[:, t]))."""
 
-    Config = GPTConfig
+    Config, presets = GPTConfig, PRESETS
 
     def __init__(self, config: GPTConfig, rng: torch.Generator | None = None):
         super().__init__(config)

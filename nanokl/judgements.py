@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from nanokl import UserError
+from nanokl.labelled import as_number, read_labelled
 from nanokl.runtime import generator
 
 
@@ -35,6 +36,15 @@ class Judgements:
         return self.ratings.sum(1) / self.n_ratings
 
     @cached_property
+    def standard(self) -> np.ndarray:
+        """(n,) float32: the mean ratings in their domain's standard deviations from its mean."""
+        y = self.mean()
+        for d in np.unique(self.domains):
+            mine = self.domains == d
+            y[mine] = (y[mine] - y[mine].mean()) / max(y[mine].std(), 1e-6)
+        return y.astype(np.float32)
+
+    @cached_property
     def pairs(self) -> "HumanPairs":
         """All judgements to test a model on."""
         return human_pairs(self)
@@ -43,10 +53,18 @@ class Judgements:
     def load(cls, folder, split: str, raters: str = "all") -> "Judgements":
         """Read one split of folder/judgements.jsonl; UserError when it is missing or broken.
 
+        A file of labelled texts in the place of a folder has one rating, a number, for each.
         `raters`: all, or first or second, disjoint halves of each text's ratings (every second).
         Raters are anonymous, so that one person may have given some of either half.
         """
-        path = Path(folder) / "judgements.jsonl"
+        path = Path(folder)
+        if path.is_file():
+            rows = [row for row in read_labelled(path) if row.split == split]
+            values = np.array([[as_number(row, path)] for row in rows], np.float32)
+            ids = [str(row.line) for row in rows]
+            return cls(ids, np.zeros(len(rows), np.int64), ["text"], [row.text for row in rows],
+                       values, np.ones(len(rows), np.int64))
+        path = path / "judgements.jsonl"
         if not path.is_file():
             raise UserError(f"no human ratings at {path}: make them with data/hutto/prepare.py")
         rows = []
@@ -126,12 +144,14 @@ class HumanPairs:
 def human_pairs(j: Judgements) -> HumanPairs:
     """`HumanPairs` of judgements; UserError when no two snippets of a domain can be compared.
 
-    Snippets with one rating are left out: nobody else rated them.
+    Snippets with one rating are left out, for nobody else rated them; where all have one, they stay
+    and `human` is NaN.
     """
     values = np.unique(j.ratings)
     parts, present = [], np.unique(j.domains)
     for d in present:
-        rows = np.flatnonzero((j.domains == d) & (j.n_ratings > 1))
+        single = j.n_ratings[j.domains == d].max() == 1
+        rows = np.flatnonzero((j.domains == d) & ((j.n_ratings > 1) | single))
         n, total = j.n_ratings[rows], j.ratings[rows].sum(1, dtype=np.float64)
         seen = np.arange(j.ratings.shape[1]) < n[:, None]
         odds = np.stack([((j.ratings[rows] == x) & seen).sum(1) for x in values], 1) / n[:, None]
@@ -144,6 +164,7 @@ def human_pairs(j: Judgements) -> HumanPairs:
                 agree += both * (1 + np.sign(gap)) / 2
         a, b = np.triu_indices(len(rows), 1)
         wins, loses, human = higher[a, b], higher[b, a], agree[a, b] + agree[b, a]
+        human = np.full_like(human, np.nan) if single else human
         scale = (wins + loses).sum() * len(present)
         if not scale:
             raise UserError(f"the ratings of the domain {j.domain_names[d]} hold too few different "

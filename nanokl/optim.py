@@ -82,12 +82,12 @@ def make_optimizers(model: nn.Module, *, lr: float, muon_lr: float, weight_decay
                     speed: dict[str, float] | None = None) -> list[torch.optim.Optimizer]:
     """Muon for matrices in `blocks.`, AdamW for the rest (1-D: no decay); UserError: bad values.
 
-    `momentum` is Muon's, `betas` are AdamW's; `speed`: what parameters whose names start so have
-    their rates multiplied by.
+    `momentum` is Muon's, `betas` are AdamW's; with a muon_lr of 0 AdamW has all. `speed`: what
+    parameters whose names start so have their rates multiplied by.
     """
-    for name, value in (("lr", lr), ("muon_lr", muon_lr)):
-        if not 0 < value < math.inf:
-            raise UserError(f"{name} is {value}: give a number above 0, such as 0.003")
+    if not 0 < lr < math.inf or not 0 <= muon_lr < math.inf:
+        raise UserError(f"lr is {lr} and muon_lr {muon_lr}: give numbers above 0, such as 0.003, "
+                        "or a muon_lr of 0, for AdamW alone")
     if not 0 <= weight_decay < math.inf:
         raise UserError(f"weight_decay is {weight_decay}: give 0 or more")
     if not all(0 <= beta < 1 for beta in (*betas, momentum)):
@@ -95,7 +95,7 @@ def make_optimizers(model: nn.Module, *, lr: float, muon_lr: float, weight_decay
     by_split, by_decay = {}, {}  # and by speed
     for name, p in model.named_parameters():  # a tied weight comes once
         fast = next((x for start, x in (speed or {}).items() if name.startswith(start)), 1.0)
-        if p.requires_grad and p.ndim == 2 and "blocks." in name:
+        if p.requires_grad and p.ndim == 2 and "blocks." in name and muon_lr:
             split = 3 if name.endswith("qkv.weight") else 1
             by_split.setdefault((fast, -split), []).append(p)
         elif p.requires_grad:

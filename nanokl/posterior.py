@@ -23,7 +23,6 @@ from nanokl.metrics import write_json
 from nanokl.reward import load_reward
 from nanokl.samplers import Target, draw_texts, log_probs
 from nanokl.smc import smc
-from nanokl.tokenizer import Tokenizer
 from nanokl.trainers import TrainerConfig
 
 SETS = 64  # sets of proposals that stand for all of them in SIR's law
@@ -141,8 +140,8 @@ def open_run(folder: Path, device: str = "auto") -> tuple[Stage, GPT, list[list[
         raise UserError(f"{path} does not say how a policy was trained: give the folder of a run "
                         "of train_rlhf.py ppo, such as runs/demo/ppo") from None
     runtime = rt.setup(device, flags.get("dtype", "auto"))
-    tokenizer = Tokenizer.load(data)
-    ref = load_gpt(config, tokenizer, runtime).requires_grad_(False)
+    ref, tokenizer = load_gpt(config, runtime)
+    ref.requires_grad_(False)
     policy = GPT.from_pretrained(checkpoint.resolve(folder), dropout=0.0).to(runtime.device).eval()
     score, guess = load_reward(reward, runtime)
     stage = Stage(config, runtime, tokenizer, ref, score, seed, guess=guess)

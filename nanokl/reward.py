@@ -1,4 +1,4 @@
-"""Reward models: a scalar head on any trunk, learnt from human comparisons; and any function.
+"""Reward models: a scalar head on any trunk, learnt from people's judgements; and any function.
 
 A reward function takes token ids and texts, one each per sample, and returns one number each.
 A RewardModel is one; so is anything of the form `def reward(ids, texts): return [...]`.
@@ -16,15 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanokl import UserError, checkpoint
-from nanokl.bert import BERT
 from nanokl.data import text_batch
-from nanokl.gpt import GPT
+from nanokl.hf_tokenizer import load_tokenizer
 from nanokl.judgements import HumanPairs, Judgements
 from nanokl.ngrams import NOTHING, PIECES, NgramScore, Vocabulary, ngrams, pieces, vocabulary
 from nanokl.tokenizer import Tokenizer
+from nanokl.trunks import TRUNKS, embed, hide_tokens, mean, pooled, without_heads
 
 RewardFunction = Callable[[list[list[int]], list[str]], Sequence[float]]
-TRUNKS = {"BERT": BERT, "GPT": GPT}
 
 
 @dataclass
@@ -40,21 +39,17 @@ class RewardConfig:
 class Member(nn.Module):
     """Two margins (B, 2) of texts: encoder and linear.
 
-    encoder = w . [pool(h), mean(x)]: pool(h) is the mean over an encoder's real tokens, or a causal
-    model's last one, which alone has seen the whole text; mean(x), of the blocks' input, is a bag
-    of words. To a token's embedding are added those of its domain, as BERT's segment, since people
-    rate news by another measure than films, and the mean of those of its word's pieces, which rare
-    words share (fastText, arXiv:1607.04606). linear is a sum over n-grams (ngrams.py).
+    encoder = w . [pooled, mean(x)]: of hidden states, and of x, the blocks' input, a bag of words.
+    To a token's embedding are added those of its domain, as BERT's segment, since people rate news
+    by another measure than films, and the mean of those of its word's pieces, which rare words
+    share (fastText, arXiv:1607.04606). linear is a sum over n-grams (ngrams.py).
     """
 
     def __init__(self, config: RewardConfig):
         super().__init__()
         cls = TRUNKS[config.trunk]
         self.trunk = cls(cls.Config(**config.trunk_config))
-        # The trunk's own heads play no part, and DDP stops where a parameter gets no gradient.
-        for name, p in self.trunk.named_parameters():  # a tied weight comes once, as wte's
-            if name.startswith(("head.", "transform.", "value.")):
-                p.requires_grad_(False)
+        without_heads(self.trunk)
         C = self.trunk.config.n_embd
         self.drop = nn.Dropout(config.dropout)
         self.score = nn.Linear(2 * C, 1, bias=False)  # comparisons cannot see a constant
@@ -63,22 +58,14 @@ class Member(nn.Module):
         nn.init.zeros_(self.pieces.weight)  # the trunk starts as it was pretrained
         self.linear = NgramScore(config.n_ngrams, self.trunk.config.n_segment, config.ngram_dropout)
 
-    def pool(self, h: Tensor, x: Tensor, mask: Tensor) -> Tensor:
-        """h, x (B, T, C) -> (B, 2C)."""
-        mean = (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        if self.trunk.config.causal:
-            top = h[torch.arange(len(h), device=h.device), mask.sum(1) - 1]
-        else:
-            top = (h * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        return torch.cat((top, mean), dim=1)
-
     def forward(self, idx: Tensor, mask: Tensor, domain: Tensor, hashes: Tensor, start: Tensor,
                 rows: Tensor, row_start: Tensor) -> Tensor:
         """One batch of `RewardModel.inputs` -> (B, 2), float32."""
         segment = domain[:, None].expand_as(idx)
         extra = self.pieces(rows, row_start).view(*idx.shape, -1)
-        h, x = self.trunk(idx, mask, segment, extra), self.trunk.embed(idx, segment, extra)
-        encoder = self.score(self.drop(self.pool(h, x, mask))).float()[:, 0]
+        x = embed(self.trunk, idx, segment, extra)
+        features = torch.cat((pooled(self.trunk, x, mask), mean(x, mask)), dim=1)
+        encoder = self.score(self.drop(features)).float()[:, 0]
         return torch.stack((encoder, self.linear(hashes, start, domain)), dim=1)
 
 
@@ -125,8 +112,7 @@ class RewardModel(nn.Module):
         idx, mask = text_batch(tokenizer, texts, block_size=self.config.trunk_config["block_size"])
         grams = ngrams(texts, idx, mask, domain.tolist(), keep=self.training)
         if hide is not None:
-            hide = hide[:, : idx.shape[1]] & (idx < len(tokenizer.tokens))
-            idx[hide] = tokenizer.special("[MASK]")
+            hide_tokens(tokenizer, idx, hide)
         return idx, mask, domain, *grams, *pieces(tokenizer.tokens, idx)
 
     def forward(self, *batches: Sequence[Tensor]) -> Tensor:
@@ -235,6 +221,11 @@ def bradley_terry(score: Tensor, wins: Tensor, valid: Tensor) -> tuple[Tensor, d
     return (nll * valid).sum() / valid.sum().clamp(min=1), {"n_pairs": valid.sum()}
 
 
+def squared_error(score: Tensor, target: Tensor) -> Tensor:
+    """Mean of (score - target)^2, both of the same shape: the objective of ratings."""
+    return (score - target).square().mean()
+
+
 def check_scores(scores, n: int) -> Tensor:
     """The (n,) float32 scores of a reward function; UserError where they are not that."""
     try:
@@ -267,14 +258,6 @@ def load_function(spec: str) -> RewardFunction:
     return function
 
 
-def load_trunk(folder: Path, **overrides) -> nn.Module:
-    """The pretrained model of a checkpoint folder, of any kind in TRUNKS."""
-    kind = checkpoint.read_config(folder)["model"]
-    if kind not in TRUNKS:
-        raise UserError(f"{folder} holds a {kind}: give a run of {' or '.join(TRUNKS)}")
-    return checkpoint.load(folder, TRUNKS[kind], **overrides)
-
-
 def load_reward(spec: str, runtime) -> tuple[RewardFunction, RewardFunction]:
     """Score and quick guess of texts, by a reward run's model or the function of FILE.py:NAME.
 
@@ -285,7 +268,7 @@ def load_reward(spec: str, runtime) -> tuple[RewardFunction, RewardFunction]:
         return function, function
     folder = checkpoint.resolve(spec)
     model = checkpoint.load(folder, RewardModel).to(runtime.device).eval()
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = load_tokenizer(folder)
 
     def by(method: Callable[[Tokenizer, Sequence[str]], Tensor]) -> RewardFunction:
         def reward(ids: list[list[int]], texts: list[str]) -> Tensor:

@@ -2,8 +2,9 @@ r"""Byte-level BPE: trained here, exactly and reproducibly; run by tiktoken.
 
 A pattern cuts the text into chunks (words, numbers, punctuation, spaces). Each chunk starts as its
 UTF-8 bytes, and the merges, in the order in which they were learnt, join neighbours inside it.
-Every byte is a token, so every text has ids and none is "unknown". Left out: WordPiece, Unigram,
-normalisation but for lower-casing on demand, special tokens in a text (only code places them).
+Every byte is a token, so every text has ids and none is "unknown". Left out: Unigram, normalisation
+but for lower-casing on demand, special tokens in a text (only code places them). WordPiece is
+wordpiece.py's, and hf_tokenizer.py finds the tokenizer of a folder, whichever it has.
 """
 
 import base64
@@ -44,24 +45,31 @@ class Rest(str):
 class Tokenizer:
     """Text to token ids and back: the BPE tokens in id order, then the special tokens.
 
-    tokens holds the bytes of each BPE token, its index being its id and its priority in merging.
-    UserError if a token repeats, one of the 256 single bytes is missing, or the pattern is wrong.
+    tokens holds the bytes of each BPE token, its index being its id and its priority in merging;
+    b"" is the place of a special token, the first specials', the others follow. UserError if a
+    token repeats, one of the 256 single bytes is missing, or the pattern is wrong.
     """
 
     def __init__(self, tokens: Sequence[bytes], *, specials: Sequence[str] = SPECIALS,
                  pattern: str = PATTERN, lowercase: bool = False):
-        ranks = {token: i for i, token in enumerate(tokens)}
+        ranks = {token: i for i, token in enumerate(tokens) if token}
+        places = [i for i, token in enumerate(tokens) if not token]
         # tiktoken accepts the first two mistakes, then panics (no Exception) or gives wrong ids.
         if missing := [b for b in range(256) if bytes([b]) not in ranks]:
             raise UserError(f"tokens must hold all 256 single bytes, {len(missing)} are missing")
-        if len(ranks) < len(tokens):
-            raise UserError(f"tokens must differ, {len(tokens) - len(ranks)} are repeated")
+        if repeated := len(tokens) - len(places) - len(ranks):
+            raise UserError(f"tokens must differ, {repeated} are repeated")
+        if len(places) > len(specials):
+            raise UserError(f"{len(places)} tokens are empty, and {len(specials)} specials: give "
+                            "each empty one a name")
         if len(set(specials)) < len(specials) or "" in specials:
             raise UserError(f"specials must differ and none be empty, got {list(specials)}")
         self.tokens, self.specials, self.pattern = tuple(tokens), tuple(specials), pattern
         self.lowercase = lowercase  # as the text was that it learnt from
-        self.vocab_size = len(tokens) + len(specials)
-        self._special_ids = {name: len(tokens) + i for i, name in enumerate(specials)}
+        self.vocab_size = len(ranks) + len(specials)
+        places += range(len(tokens), self.vocab_size)
+        self.special_ids = tuple(places)
+        self._special_ids = dict(zip(specials, places, strict=True))
         try:
             self.encoding = tiktoken.Encoding(
                 "nanokl", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self._special_ids)
@@ -71,7 +79,7 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a text, no special among them; UserError for half a surrogate pair."""
         _utf8(text)  # tiktoken would turn half a surrogate pair into U+FFFD and say nothing
-        return self.encoding.encode_ordinary(text.lower() if self.lowercase else text)
+        return self.encoding.encode_ordinary(lower(text) if self.lowercase else text)
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """Ids of each text, as `encode` gives them."""
@@ -85,7 +93,7 @@ class Tokenizer:
         end, end_id = SPECIALS[0], self.special(SPECIALS[0])
         text = "".join([text if isinstance(text, Rest) else end + text for text in texts])
         _utf8(text)
-        text = text.lower() if self.lowercase else text
+        text = lower(text) if self.lowercase else text
         if text.count(end) == sum(not isinstance(text, Rest) for text in texts):
             return self.encoding.encode_to_numpy(text, allowed_special={end}, disallowed_special=())
         # a document spells the special token, which is plain text there
@@ -162,6 +170,11 @@ class Tokenizer:
         return cls(tokens, specials=SPECIALS[:1], pattern=gpt2._pat_str)
 
 
+def lower(text: str) -> str:
+    """Lower case by character: a capital sigma does not depend on whether it ends a word."""
+    return text.replace("\u03a3", "\u03c3").lower()
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int, *, pattern: str = PATTERN,
               specials: Sequence[str] = SPECIALS, lowercase: bool = False) -> Tokenizer:
     """Learn byte-pair merges from texts until the vocabulary, specials counted, is full.
@@ -175,7 +188,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, pattern: str = PATTERN,
         raise UserError(f"vocab_size must be at least {256 + len(specials)} (256 bytes + "
                         f"{len(specials)} specials), got {vocab_size}")
     texts = [texts] if isinstance(texts, str) else texts
-    chunks = _count_chunks((t.lower() if lowercase else t for t in texts), pattern)
+    chunks = _count_chunks((lower(t) if lowercase else t for t in texts), pattern)
     tokens = [bytes([b]) for b in range(256)]
     words = [_utf8(chunk).decode("latin-1") for chunk in chunks]
     for left, right in _learn_merges(words, list(chunks.values()), n_merges):

@@ -6,6 +6,7 @@ so the state of a run is its weights, its optimisers and a few numbers.
 """
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from nanokl import UserError, checkpoint
+from nanokl.hf_tokenizer import load_tokenizer
 from nanokl.metrics import Log
 from nanokl.runtime import Interrupt, NonFiniteLoss, Runtime, generator
-from nanokl.tokenizer import Tokenizer
 
 SHARED = {"batch_size", "batch", "minibatch", "n_groups", "n_samples", "n_eval"}  # by processes
 MAY_CHANGE = {"out", "resume", "device", "log_every", "save_every"}  # flags of a resumed run
@@ -39,6 +40,17 @@ def gradient_step(loss: Tensor, parameters, optimizers, *, max_grad_norm: float,
     return norm
 
 
+def freeze(model: nn.Module, n: int) -> None:
+    """Keeps the tokens' embeddings and the lowest n blocks as they are; UserError: too many."""
+    if not 0 <= n <= model.config.n_layer:
+        raise UserError(f"--freeze is {n}: give 0 to {model.config.n_layer}, the model's blocks")
+    for name, p in model.named_parameters() if n else ():
+        block = re.match(r"blocks\.(\d+)\.", name)
+        below = name.startswith(("wte.", "wpe.", "norm_embed."))
+        if below or (block and int(block[1]) < n):
+            p.requires_grad_(False)
+
+
 def check_finite(finite: bool, step: int, out: Path) -> None:
     """NonFiniteLoss, which names OUT/last where it exists, unless `finite`."""
     if not finite:
@@ -56,7 +68,7 @@ def load_last(out: Path, model: nn.Module, optimizers, *, tokenizer) -> dict:
     """Restores weights and optimisers from OUT/last; returns the rest of its state."""
     checkpoint.load_weights(Path(out) / "last", model)
     state = checkpoint.load_state(Path(out) / "last")
-    if Tokenizer.load(Path(out) / "last").hash != tokenizer.hash:
+    if load_tokenizer(Path(out) / "last").hash != tokenizer.hash:
         raise UserError(f"{out} was trained with another tokenizer than --data's: give it its own")
     try:
         for optimizer, saved in zip(optimizers, state.pop("optimizers"), strict=True):

@@ -12,7 +12,7 @@
     zero_init    no          no         yes
 
 A trunk maps token ids (B, T) to hidden states (B, T, C), always the same shape; heads live in
-gpt.py and bert.py. Left out: padding on the left (generate.py never needs it), sliding windows.
+gpt.py and bert.py. Left out: sliding windows, attention dropout.
 """
 
 from dataclasses import dataclass
@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanokl import UserError, require_positive
+from nanokl import UserError, require_positive, require_types
+from nanokl.layers import ACTIVATIONS, Dropout, Linear
 
-FEW_ROWS, LARGE_WEIGHT = 32, 1 << 19  # measured on a CPU with AMX
+LONGEST = 1 << 20  # positions
 
 
 @dataclass
@@ -48,7 +49,8 @@ class TransformerConfig:
     eps: float = 1e-6  # of the norms
 
     def __post_init__(self):
-        require_positive(self, "vocab_size", "block_size", "n_layer", "n_head", "n_embd")
+        require_types(self)
+        require_positive(self, "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "eps")
         if self.n_embd % self.n_head:
             raise UserError(f"{self.n_head} heads do not divide a width of {self.n_embd}: "
                             "choose n_head so that n_embd / n_head is whole")
@@ -57,6 +59,9 @@ class TransformerConfig:
                             f"{self.n_embd // self.n_head}: change n_head or n_embd")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"dropout is {self.dropout}: give 0 <= dropout < 1")
+        if self.position == "rotary" and self.block_size > LONGEST:
+            raise UserError(f"block_size is {self.block_size}: give at most {LONGEST}, which the "
+                            "rotary positions' table takes")
         for name in ("norm", "position", "activation"):
             value, allowed = getattr(self, name), get_args(TransformerConfig.__annotations__[name])
             if value not in allowed:
@@ -134,25 +139,6 @@ def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return (p[..., None] * v).sum(-2, keepdim=True).to(v.dtype)
 
 
-class Linear(nn.Linear):
-    """x W^T + b in the weight's precision, or autocast's.
-
-    Without gradient, for few rows and a large W on a CPU it is (W x^T)^T, which reads W in order
-    and takes half the time; the result is a transposed view then.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows, W = x.numel() // x.shape[-1], self.weight
-        if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(W.dtype)
-        few = rows <= FEW_ROWS and W.numel() >= LARGE_WEIGHT and x.device.type == "cpu"
-        if not few or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return super().forward(x)
-        xT = x.reshape(rows, -1).t()
-        y = W @ xT if self.bias is None else torch.addmm(self.bias[:, None], W, xT)  # (out, rows)
-        return y.t().unflatten(0, x.shape[:-1])
-
-
 class Attention(nn.Module):
     """softmax(q k^T / sqrt(D) + mask) v, over H heads."""
 
@@ -183,50 +169,6 @@ class Attention(nn.Module):
             else:
                 y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
-
-
-class Dropout(nn.Dropout):
-    """0 with probability p, else x / (1 - p), for p in steps of 2^-16 on a CPU.
-
-    There 16 random bits a number, from torch's global generator, take half of F.dropout's time.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        drops = self.training and self.p > 0
-        if not drops or x.device.type != "cpu" or torch.compiler.is_compiling():
-            return super().forward(x)
-        zero = min(round(self.p * 2**16), 2**16 - 1)
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64)
-        bits = bits.random_(-(2**63), None).view(torch.int16)[: x.numel()].view(x.shape)
-        return (x * (bits >= zero - 2**15).to(x.dtype)) * (1 / (1 - zero / 2**16))
-
-
-class SquaredReLU(torch.autograd.Function):
-    """relu(x)^2 (arXiv:2109.08668), two passes over memory fewer than autograd's own."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        r = F.relu(x)
-        ctx.save_for_backward(r)
-        return r * r
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        (r,) = ctx.saved_tensors
-        return (grad * r).mul_(2)
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    """x (1 + tanh u) / 2 = x sigmoid(2u), u = sqrt(2/pi) (x + .044715 x^3); arXiv:1606.08415.
-
-    Compiled it is the second form, for an exp costs less than a tanh.
-    """
-    if not torch.compiler.is_compiling():
-        return F.gelu(x, approximate="tanh")
-    return x * torch.sigmoid((8 / torch.pi) ** 0.5 * (x + 0.044715 * x * x * x))
-
-
-ACTIVATIONS = {"relu2": SquaredReLU.apply, "gelu": F.gelu, "gelu_tanh": gelu_tanh}
 
 
 class MLP(nn.Module):
@@ -313,7 +255,10 @@ class Transformer(nn.Module):
             mask = mask[:, None, None, :]  # padded keys are invisible
         if self.config.causal and (mask is not None or (pos and T > 1)):  # offset diagonal
             past = torch.ones(T, pos + T, dtype=torch.bool, device=self.wte.weight.device).tril(pos)
-            mask = past if mask is None else mask & past
+            if mask is None:
+                return past
+            # padding on the left would see nothing at all, which is NaN
+            mask = mask & past | torch.eye(T, dtype=torch.bool, device=past.device)
         return mask
 
     def embed(self, idx: Tensor, segment: Tensor | None = None, extra: Tensor | None = None,
@@ -321,29 +266,41 @@ class Transformer(nn.Module):
         """The blocks' input (B, T, C): what each token is, at its position, alone."""
         x = self.wte(idx) if extra is None else self.wte(idx) + extra
         if self.config.position == "learned":
-            x = x + self.wpe.weight[slice(idx.shape[1]) if at is None else at]
+            at = slice(idx.shape[1]) if at is None else at
+            x = x + (F.embedding(at, self.wpe.weight) if isinstance(at, Tensor)
+                     else self.wpe.weight[at])
         if self.config.n_segment:
             x = x + (self.wse.weight[0] if segment is None else self.wse(segment))
         return self.drop(self.norm_embed(x) if self.config.embed_norm else x)
+
+    def encode(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None,
+               at: slice | Tensor | None = None) -> Tensor:
+        """What the blocks make of the output x (B, T, C) of `embed`: hidden states (B, T, C)."""
+        at = slice(x.shape[1]) if at is None else at
+        rotary = self.rotary[at] if self.config.position == "rotary" else None
+        attention_mask = self._attention_mask(mask, x.shape[1], cache)
+        for block in self.blocks:
+            x = block(x, attention_mask, rotary, cache)
+        return self.norm_final(x) if self.config.norm_first else x
 
     def forward(self, idx: Tensor, mask: Tensor | None = None, segment: Tensor | None = None,
                 extra: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Hidden states (B, T, C) of idx (B, T); mask (B, T) is False at padding.
 
         segment (B, T) adds its embedding to the tokens', extra (B, T, C) itself.
-        With a cache, idx holds what follows. A causal model never looks at padding on the right.
+        With a cache, idx holds what follows. A causal model needs a mask for padding on the left
+        alone: the first real token is then at position 0.
         """
-        B, T = idx.shape
+        T = idx.shape[1]
         at = slice(T) if cache is None else cache.next(T)
         if isinstance(at, slice):
             assert at.stop <= self.config.block_size, f"{at.stop} tokens > {self.config.block_size}"
         assert mask is None or cache is None, "a cache takes no padding mask"
-        x = self.embed(idx, segment, extra, at)
-        rotary = self.rotary[at] if self.config.position == "rotary" else None
-        attention_mask = self._attention_mask(mask, T, cache)
-        for block in self.blocks:
-            x = block(x, attention_mask, rotary, cache)
+        place = at
+        if self.config.causal and self.config.position == "learned" and mask is not None:
+            place = (mask.cumsum(1) - 1).clamp(min=0)  # (B, T)
+        h = self.encode(self.embed(idx, segment, extra, place), mask, cache, at)
         if cache is not None:
             cache.idx[:, at] = idx
             cache.pos += T
-        return self.norm_final(x) if self.config.norm_first else x
+        return h

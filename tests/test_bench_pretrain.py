@@ -71,7 +71,7 @@ def test_a_step_is_right(monkeypatch, variant, dtype, limits):
 
 @pytest.mark.parametrize("fault", [
     ("nanokl.transformer.rotate", lambda x, table: x),
-    ("nanokl.transformer.SquaredReLU.backward", lambda ctx, grad: grad * ctx.saved_tensors[0]),
+    ("nanokl.layers.SquaredReLU.backward", lambda ctx, grad: grad * ctx.saved_tensors[0]),
     ("nanokl.bench_pretrain.linear_logprob", lambda h, w, y: linear_logprob(h, w, y.roll(1, 1)))])
 def test_a_wrong_step_shows(monkeypatch, fault):
     monkeypatch.setattr(*fault)

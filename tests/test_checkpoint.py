@@ -3,6 +3,7 @@
 import builtins
 import dataclasses
 import errno
+import hashlib
 import io
 import json
 import os
@@ -94,7 +95,11 @@ def test_files_are_what_other_tools_read(tmp_path):
     model = net(2.0)
     checkpoint.save(tmp_path / "m", model)
     with safetensors.safe_open(tmp_path / "m" / "model.safetensors", "np") as file:
-        assert file.metadata() == {"format": "pt"}
+        assert file.metadata()["format"] == "pt"
+        hashes = json.loads(file.metadata()["sha256"])
+    config = (tmp_path / "m" / "config.json").read_bytes()
+    assert hashes == {"config.json": hashlib.sha256(config).hexdigest()}
+    with safetensors.safe_open(tmp_path / "m" / "model.safetensors", "np") as file:
         assert set(file.keys()) == {"wte.weight", "blocks.0.weight", "blocks.0.bias", "gain"}
         assert np.array_equal(file.get_tensor("wte.weight"), model.wte.weight.detach().numpy())
     config = json.loads((tmp_path / "m" / "config.json").read_text())
@@ -294,10 +299,13 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path):
 # ----------------------------------------------------------------------------- damaged files
 
 
-def edit_config(**change):
+def edit_config(*, hashed=False, **change):
+    """Another config, and weights that have no hash of the old one unless `hashed`."""
     def damage(folder):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, **change}))
+        if not hashed:
+            edit_tensors(lambda t: None)(folder)
     return damage
 
 
@@ -328,10 +336,12 @@ DAMAGE = {
     "binary config": (overwrite("config.json", b"\xff\xfe\x00"), "damaged or not"),
     "config is a list": (overwrite("config.json", b"[]"), "not written by nanokl"),
     "config of others": (overwrite("config.json", b'{"n_layer": 2}'), "not written by nanokl"),
+    "edited": (edit_config(hashed=True, config={**CONFIG, "dropout": 0.1}),
+               "config.json is not as it was written with model.safetensors"),
     "other class": (edit_config(model="Other"), "holds a Other but a Net is needed"),
     "unknown field": (edit_config(config={**CONFIG, "depth": 3}), "cannot use.*'depth'"),
     "wrong type": (edit_config(config={**CONFIG, "width": "six"}), "config.* cannot use"),
-    "other width": (edit_config(config={**CONFIG, "width": 7}), r"3 tensors .* \(6,\), not \(7"),
+    "other width": (edit_config(config={**CONFIG, "width": 7}), r"3 tensors .* \(6,\) .*not \(7"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
     "empty weights": (overwrite("model.safetensors", b""), "truncated or damaged"),
     "garbage weights": (overwrite("model.safetensors", b"\x80" * 999), "truncated or damaged"),
@@ -341,7 +351,7 @@ DAMAGE = {
     "missing tensor": (edit_tensors(lambda t: t.pop("gain")), "1 tensors .*: gain is absent"),
     "extra tensor": (edit_tensors(lambda t: t.update(x=torch.ones(1))), "1 tensors .*not absent"),
     "other shape": (edit_tensors(lambda t: t.update({"blocks.0.bias": torch.ones(5)})),
-                    r"not fit this Net .* blocks.0.bias is \(5,\), not \(6,\)"),
+                    r"not fit this Net .* blocks.0.bias is \(5,\) F32, not \(6,\) F32"),
 }
 
 

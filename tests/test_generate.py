@@ -21,8 +21,8 @@ from nanokl import UserError
 from nanokl import generate as generate_module
 from nanokl.generate import Compiled, Rollout, generate, sample, truncate
 from nanokl.gpt import GPT, PRESETS, GPTConfig
+from nanokl.layers import Linear
 from nanokl.tokenizer import CHAR_PATTERN, train_bpe
-from nanokl.transformer import Linear
 
 SIZES = {"vocab_size": 29, "block_size": 24, "n_layer": 2, "n_head": 3, "n_embd": 12}
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7], [9, 3, 2], [3, 8]]

@@ -170,7 +170,13 @@ def test_human_pairs_in_clear_cases(tmp_path):
     assert pairs.human.tolist() == [0.5, 0]  # the other rater always says the contrary
 
 
-@pytest.mark.parametrize("lists", [[[1, 2, 3]], [[1, 1], [1, 1]], [[1], [2]]])
+def test_human_pairs_of_single_ratings_have_no_others(tmp_path):
+    pairs = human_pairs(judgements(tmp_path, {"film": [[1], [2], [2]]}))
+    assert pairs.loses.tolist() == [0.5, 0.5, 0] and not pairs.wins.any()
+    assert np.isnan(pairs.human).all()
+
+
+@pytest.mark.parametrize("lists", [[[1, 2, 3]], [[1, 1], [1, 1]], [[1], [1]]])
 def test_human_pairs_complain_when_nothing_compares(tmp_path, lists):
     with pytest.raises(UserError, match="too few different judgements"):
         human_pairs(judgements(tmp_path, {"film": lists}))

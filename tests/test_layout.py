@@ -12,14 +12,22 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 RANK = {
-    "tokenizer": 0, "transformer": 0, "logprob": 0, "optim": 0, "runtime": 0, "checkpoint": 0,
-    "metrics": 0, "figures": 0, "ngrams": 0, "data": 1, "judgements": 1, "training": 1, "gpt": 1,
-    "bert": 1, "generate": 1, "report": 3, "throughput": 1, "bench": 1, "ngram_embedding": 0,
-    "corpus": 2, "agreement": 2, "bench_logprob": 2, "bench_bpe": 2, "bench_generate": 2,
-    "exact": 1, "bayes": 2, "frontier": 3, "reward": 2, "kl": 2, "ppo": 3, "kl_table": 4,
-    "shaping": 4, "evaluation": 5, "comparisons": 6, "trainers": 4, "samplers": 6, "smc": 7,
-    "posterior": 8,
-    "bench_pretrain": 3, "bench_scaling": 4, "bench_ppo": 6, "bench_objective": 7, "__main__": 9,
+    "exact": 0, "figures": 0, "hf": 0, "kl": 0, "labelled": 0, "layers": 0, "logprob": 0,
+    "metrics": 0, "ngram_embedding": 0, "ngrams": 0, "optim": 0, "runtime": 0, "tokenizer": 0,
+    "bayes": 1, "bench": 1, "data": 1, "generate": 1, "judgements": 1, "throughput": 1,
+    "transformer": 1, "weights": 1, "wordpiece": 1,
+    "agreement": 2, "bench_bpe": 2, "bench_logprob": 2, "checkpoint": 2, "corpus": 2,
+    "frontier": 2, "hf_tokenizer": 2, "report": 2,
+    "bert": 3, "gpt": 3, "training": 3,
+    "bench_generate": 4, "trunks": 4,
+    "bench_pretrain": 5, "classify": 5, "reward": 5,
+    "bench_scaling": 6, "export": 6, "ppo": 6,
+    "kl_table": 7, "shaping": 7, "trainers": 7,
+    "evaluation": 8,
+    "bench_ppo": 9, "comparisons": 9, "samplers": 9,
+    "bench_objective": 10, "smc": 10,
+    "posterior": 11,
+    "__main__": 12,
 }  # fmt: skip
 MODULES = sorted((ROOT / "nanokl").glob("*.py"))
 SCRIPTS = [ROOT / "train_pretrain.py", ROOT / "train_rlhf.py"]
@@ -74,9 +82,9 @@ def test_file_budget(path):
 
 
 def test_package_budget():
-    """The posterior's files (exact to posterior, comparisons from train_rlhf.py) are 2,000."""
+    """The posterior's files are 2,000; others' checkpoints, in and out, and classes 1,300."""
     total = sum(len(lines(p)) for p in MODULES)
-    assert total <= 8400, f"the package has {total} lines of 8,400"
+    assert total <= 9900, f"the package has {total} lines of 9,900"
     over = [p.name for p in MODULES if len(lines(p)) > 300]
     assert len(over) <= 1, f"over 300 lines: {over}"
 
@@ -139,10 +147,10 @@ def test_only_light_imports():
 def test_readme_names_every_file():
     """The README's file table: one row a file, with its rank for modules, and no other file."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| `([\w./]+\.py)` \| (\d|-) \|", readme, flags=re.M))
+    rows = dict(re.findall(r"^\| `([\w./]+\.py)` \| (\d+|-) \|", readme, flags=re.M))
     expected = {f"nanokl/{p.name}": str(RANK.get(p.stem, "-")) for p in MODULES}
-    expected |= {p.name: "9" for p in SCRIPTS}
-    expected |= {str(p.relative_to(ROOT)): "9" for p in ROOT.glob("data/*/prepare.py")}
+    expected |= {p.name: "12" for p in SCRIPTS}
+    expected |= {str(p.relative_to(ROOT)): "12" for p in ROOT.glob("data/*/prepare.py")}
     assert rows == expected
 
 

@@ -242,7 +242,7 @@ def test_state_dict_round_trip_is_bit_for_bit(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    {"lr": 0.0}, {"lr": -1.0}, {"lr": math.nan}, {"lr": math.inf}, {"muon_lr": 0.0},
+    {"lr": 0.0}, {"lr": -1.0}, {"lr": math.nan}, {"lr": math.inf}, {"muon_lr": -1.0},
     {"weight_decay": -0.1}, {"weight_decay": math.nan}, {"betas": (0.9, 1.0)}, {"betas": (-1, 0.9)},
     {"momentum": 1.0}, {"momentum": -0.1},
 ])
@@ -250,6 +250,13 @@ def test_bad_values_are_one_line(change):
     with pytest.raises(UserError, match=next(iter(change))) as error:
         make_optimizers(Net(), **{**OPTIONS, **change})
     assert "\n" not in str(error.value) and "give" in str(error.value)
+
+
+def test_without_muon_adamw_has_all():
+    (adamw,) = make_optimizers(Net(), **{**OPTIONS, "muon_lr": 0})
+    assert isinstance(adamw, torch.optim.AdamW)
+    held = sum(len(group["params"]) for group in adamw.param_groups)
+    assert held == len(list(Net().parameters()))
 
 
 def test_lr_scale_by_hand():

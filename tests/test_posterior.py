@@ -207,8 +207,7 @@ def test_beta_is_what_the_run_ended_at(tmp_path, monkeypatch, summary, beta):
     if summary is not None:
         (tmp_path / "summary.json").write_text(json.dumps(summary))
     stage, policy = make()
-    monkeypatch.setattr(posterior, "Tokenizer", SimpleNamespace(load=lambda _: stage.tokenizer))
-    monkeypatch.setattr(posterior, "load_gpt", lambda *_: stage.ref)
+    monkeypatch.setattr(posterior, "load_gpt", lambda *_: (stage.ref, stage.tokenizer))
     monkeypatch.setattr(posterior, "load_reward", lambda *_: (score, score))
     monkeypatch.setattr(posterior, "prompt_docs", lambda *_: DOCS)
     monkeypatch.setattr(posterior.checkpoint, "resolve", lambda folder: folder)

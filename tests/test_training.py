@@ -177,7 +177,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path):
 
 def test_load_last_needs_something_saved(tmp_path):
     model = make()
-    with pytest.raises(UserError, match="is missing"):
+    with pytest.raises(UserError, match="last is no checkpoint"):
         load_last(tmp_path, model, [torch.optim.SGD(model.parameters())], tokenizer=BYTES)
 
 

@@ -13,15 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanokl import UserError
+from nanokl.layers import Dropout, SquaredReLU, gelu_tanh
 from nanokl.transformer import (
     Attention,
     Block,
-    Dropout,
     KVCache,
-    SquaredReLU,
     Transformer,
     TransformerConfig,
-    gelu_tanh,
     rotary_table,
     rotate,
 )

@@ -16,7 +16,6 @@ import html
 import io
 import json
 import random
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -28,7 +27,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # the clone, where not installed
 
 from nanokl import UserError
-from nanokl.corpus import Corpus, prepare_corpus, read_bytes
+from nanokl.corpus import Corpus, fetch, prepare_corpus, read_bytes
 from nanokl.runtime import parse_flags, run_program
 
 HERE = Path(__file__).resolve().parent
@@ -116,7 +115,9 @@ def archive_files(sdist: Path | None, sha256: str) -> dict[str, bytes]:
     """The files of the inner archive by name, from a source distribution; None has pip fetch it."""
     if sdist is None:
         with tempfile.TemporaryDirectory() as folder:
-            return archive_files(download(Path(folder), sha256), sha256)
+            options = ("--no-binary", RELEASE.partition("==")[0])
+            sdist = fetch(RELEASE, sha256, Path(folder), *options, size="2.4 MB", flag="--sdist")
+            return archive_files(sdist, sha256)
     try:
         outer = members(read_bytes(sdist, sha256))
         inner = next(content for name, content in outer.items() if name.endswith(ARCHIVE))
@@ -135,26 +136,6 @@ def members(content: bytes) -> dict[str, bytes]:
     """The plain files of a .tar.gz, by path."""
     with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as tar:
         return {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}
-
-
-def download(folder: Path, sha256: str) -> Path:
-    """Have pip fetch the source distribution; UserError with pip's reason when it cannot."""
-    print(f"fetching {RELEASE} (2.4 MB) with pip", flush=True)
-    requirements = folder / "requirements.txt"
-    requirements.write_text(f"{RELEASE} --hash=sha256:{sha256}\n")
-    name = RELEASE.partition("==")[0]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "2"]
-    command += ["--disable-pip-version-check", "--no-deps", "--no-binary", name]
-    command += ["--require-hashes", "--requirement", str(requirements), "--dest", str(folder)]
-    pip = subprocess.run(command, capture_output=True, text=True)
-    found = sorted(folder.glob("*.tar.gz"))
-    if pip.returncode or not found:
-        lines = [line.strip() for line in pip.stderr.splitlines() if line.strip()]
-        reason = next((s for s in lines if s.startswith("ERROR")), (lines or ["no output"])[-1])
-        raise UserError(
-            f"pip could not fetch {RELEASE} ({reason[:200]}): connect, or give --sdist FILE"
-        )
-    return found[0]
 
 
 # ---------------------------------------------------------------------------- parsing
