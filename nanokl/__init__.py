@@ -26,7 +26,7 @@ Reading order
 """
 
 import dataclasses
-import math
+import sys
 
 __version__ = "0.1.0"
 NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "a name",
@@ -53,5 +53,5 @@ def require_types(config) -> None:
         value, kind = getattr(config, field.name), field.type
         if kind in (bool, int, float, str, dict):
             fits = type(value) is kind or (kind is float and type(value) is int)
-            if not fits or (kind is float and not math.isfinite(value)):
+            if not fits or (kind is float and not abs(value) <= sys.float_info.max):
                 raise UserError(f"{field.name} is {value!r}: give {NOUNS[kind]}")

@@ -77,7 +77,8 @@ class Embed:
     def __call__(self) -> None:
         texts = list(self.texts)
         if self.file is not None:
-            texts += self.file.read_bytes().decode("utf-8", "replace").splitlines()
+            lines = self.file.read_bytes().decode("utf-8", "replace").replace("\r\n", "\n")
+            texts += lines.removesuffix("\n").split("\n")
         if not texts or (self.out is not None and self.out.suffix != ".npy"):
             raise UserError(f"embed got {len(texts)} texts and --out {self.out}: give texts, or a "
                             "--file of one a line, and for --out a name that ends in .npy")
@@ -119,7 +120,7 @@ class Score:
         folder = checkpoint.resolve(self.run)
         kind = {"Classifier": Classifier}.get(checkpoint.read_config(folder)["model"], RewardModel)
         model, tokenizer = checkpoint.load(folder, kind), load_tokenizer(folder)
-        room = model.config.trunk_config["block_size"] - 2  # between [CLS] and [SEP]
+        room = model.block_size - 2  # between [CLS] and [SEP]
         lengths = [len(ids) for ids in tokenizer.encode_batch(self.texts)] or [0]
         if not 0 < min(lengths) <= max(lengths) <= room:
             raise UserError(f"the texts have {min(lengths)} to {max(lengths)} tokens: give texts "

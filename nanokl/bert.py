@@ -96,15 +96,19 @@ def longest_text(folder: Path, context: int) -> int:
     UserError for a folder that pools otherwise than by the mean.
     """
     try:
-        files = (folder / "sentence_bert_config.json", folder / "1_Pooling" / "config.json")
-        length, pooling = ({} if not path.is_file() else json.loads(path.read_bytes())
-                           for path in files)
+        files = (folder / "sentence_bert_config.json", folder / "1_Pooling" / "config.json",
+                 folder / "modules.json")
+        length, pooling, modules = ({} if not path.is_file() else json.loads(path.read_bytes())
+                                    for path in files)
         others = [key for key, on in pooling.items() if on is True and "_mode_" in key
                   and key != "pooling_mode_mean_tokens"]
-        longest = min(context, max(3, int(length.get("max_seq_length") or context)))
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        others += [x for x in [pooling.get("pooling_mode", "mean")] if x != "mean"]
+        others += [module["type"] for module in modules or () if module["type"].rpartition(".")[2]
+                   not in ("Transformer", "Pooling", "Normalize")]
+        longest = int(min(context, max(3, length.get("max_seq_length") or context)))
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder} does not say how its embeddings are pooled ({error}): mend "
-                        f"{files[0].name} or take it away") from None
+                        f"{' and '.join(path.name for path in files[::2])}") from None
     if others:
         raise UserError(f"{folder} has {others[0]}: only the mean of all tokens is computed here")
     return longest

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from nanokl import UserError, __version__, hf, weights
 
 CONFIG, STATE, FLAGS = "config.json", "state.pt", "flags.json"
-COUNTS = ("n_layer", "critic_layers", "members")  # fields that say how many modules are built
 TAKEN = (FLAGS, "metrics.jsonl", "summary.json", "meta.json", CONFIG)  # of a run, or of data
 PLAIN = (bool, int, float, str, bytes, type(None))  # exact types: np.float64 is a float, not plain
 
@@ -134,15 +133,15 @@ def read_config(folder: Path | str, *, own: bool = False) -> dict:
     path = _present(folder) / CONFIG
     try:
         config = json.loads(path.read_bytes())
-        if "model_type" in config and "nanokl" not in config and not own:
+        if not own and "nanokl" not in config and (kind := hf.kind_of(config)):
             model, fields = hf.config_in(config, weights.header(path.parent))
-            return {"hf": config["model_type"], "model": model, "config": fields}
+            return {"hf": kind, "model": model, "config": fields}
         return {key: config[key] for key in ("nanokl", "model", "config")}
     except OSError as error:
         raise UserError(f"{folder} is no checkpoint ({CONFIG}: {error.strerror})") from None
     except UserError as error:
         raise UserError(f"{path} cannot be used: {error}") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path} is damaged or not written by nanokl: use another") from None
 
 
@@ -161,12 +160,14 @@ def load(folder: Path | str, cls: type[nn.Module], **config_overrides) -> nn.Mod
     try:  # somebody else's values may be of any type and size, and fail anywhere
         preset = cls.presets[kind] if kind else {}
         config = cls.Config(**{**preset, **saved["config"], **config_overrides})
-        _check_counts(dataclasses.asdict(config), n_tensors)
+        if (n := _modules(dataclasses.asdict(config))) > n_tensors:
+            raise UserError(f"it asks for {n} blocks, but there are {n_tensors} tensors")
         with torch.device("meta"):  # sizes without memory: absurd ones are never built
             sketch = cls(config)
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from None
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError,
+            RuntimeError) as error:
         reason = str(error).split("\n")[0]
         writer = f"nanokl {saved['nanokl']}" if kind is None else "others"
         raise UserError(f"{folder}, written by {writer}, has a config that nanokl {__version__} "
@@ -177,14 +178,10 @@ def load(folder: Path | str, cls: type[nn.Module], **config_overrides) -> nn.Mod
     return model
 
 
-def _check_counts(fields: dict, n_tensors: int) -> None:
-    """UserError where a config asks for more modules than its file has tensors."""
-    for name, value in fields.items():
-        if isinstance(value, dict):
-            _check_counts(value, n_tensors)
-        elif name in COUNTS and value > n_tensors:
-            raise UserError(f"{name} is {value}, but there are {n_tensors} tensors: use another "
-                            "config")
+def _modules(fields: dict) -> int:
+    """How many blocks a config asks for, at least."""
+    trunk = fields.get("trunk_config", fields)
+    return fields.get("members", 1) * (trunk.get("n_layer", 0) + trunk.get("critic_layers", 0))
 
 
 def load_weights(folder: Path | str, model: nn.Module) -> None:

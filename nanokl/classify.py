@@ -51,6 +51,11 @@ class Classifier(nn.Module):
         nn.init.normal_(self.score.weight, std=0.02)
         nn.init.zeros_(self.score.bias)
 
+    @property
+    def block_size(self) -> int:
+        """Tokens that a text may have, [CLS] and [SEP] counted."""
+        return self.trunk.config.block_size
+
     @classmethod
     def on(cls, trunk: nn.Module, labels: Sequence[str], *, dropout: float = 0.0) -> "Classifier":
         """A fresh head on a pretrained trunk, whose weights are copied."""
@@ -74,7 +79,7 @@ class Classifier(nn.Module):
         for i in range(0, len(texts), batch):
             rows = order[i : i + batch]
             inputs = text_batch(tokenizer, [texts[r] for r in rows],
-                                block_size=self.config.trunk_config["block_size"])
+                                block_size=self.block_size)
             out[rows] = self(*(x.to(device) for x in inputs)).softmax(-1).cpu()
         self.train(training)
         return out
@@ -141,7 +146,7 @@ class ClassTask:
                   for e in (places // n).unique().tolist()}
         rows = torch.stack([orders[int(p) // n][int(p) % n] for p in places])
         rng = generator(flags.seed, "words", step)
-        block_size = self.core.config.trunk_config["block_size"]
+        block_size = self.core.block_size
         hide = torch.rand(size, block_size, generator=rng) < flags.word_dropout
         rows, hide = self.runtime.shard(rows), self.runtime.shard(hide)
         idx, mask = text_batch(self.tokenizer, [texts[r] for r in rows], block_size=block_size)

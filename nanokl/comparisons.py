@@ -40,6 +40,7 @@ class RewardTask:
         self.core.to(runtime.device)
         for member in self.core.members:
             training.freeze(member.trunk, flags.freeze)
+            member.trunk.wse.requires_grad_(True)  # of the domains, and new
 
     def _groups(self, step: int):
         """This process's batch for a member; rows (G, K); wins, valid (G, K, K); all valid ones."""
@@ -53,7 +54,7 @@ class RewardTask:
             words = j.domain_names.index("lexicon")
             other = torch.randint(words, rows.shape, generator=rng)
             domain = torch.where(domain == words, other, domain)
-        block_size = self.core.config.trunk_config["block_size"]
+        block_size = self.core.block_size
         hide = torch.rand(*rows.shape, block_size, generator=rng) < flags.word_dropout
         rows, wins, valid, domain, hide = map(self.runtime.shard, (rows, wins, valid, domain, hide))
         texts = [j.texts[r] for r in rows.flatten()]

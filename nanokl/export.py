@@ -58,7 +58,8 @@ def export(run: Path, folder: Path) -> str:
               if name != "GPT" or not key.startswith(CRITIC)}
     differs = [f"a {name} has a head of its own"]
     if name in KINDS:
-        differs = hf.unlike(config, MODELS[name].presets[KINDS[name]])
+        preset = MODELS[name].presets[KINDS[name]]
+        differs = hf.unlike(config, asdict(MODELS[name].Config(**preset)))
     # 2. Its config and tensors, theirs or ours.
     if differs:
         cls, theirs = None, {"nanokl": __version__, "model": name, "config": config}
@@ -76,7 +77,8 @@ def export(run: Path, folder: Path) -> str:
     with checkpoint.replacing(folder) as tmp:
         if differs:
             tokenizer.save(tmp)
-        files = {checkpoint.CONFIG: theirs, hf_tokenizer.WHOLE: hf_tokenizer.whole(tokenizer),
+        words = hf_tokenizer.whole(tokenizer, framed=name != "GPT")
+        files = {checkpoint.CONFIG: theirs, hf_tokenizer.WHOLE: words,
                  hf_tokenizer.OPTIONS: _options(tokenizer, config)}
         for file, data in files.items():
             (tmp / file).write_bytes((json.dumps(data, indent=1) + "\n").encode())
@@ -102,10 +104,10 @@ def _card(model: nn.Module, name: str, what: str, cls: str | None, source: Path,
     use = USE.format(cls=cls, name=name) if cls else (
         f"Open it with nanokl: `nanokl.checkpoint.load(\"{name}\", {type(model).__name__})`; the "
         "names of the tensors are those of nanokl's modules.")
-    text = "Texts are uncased. " if tokenizer.lowercase else ""
-    summary = next((path for path in (source / "summary.json", source.parent / "summary.json")
-                    if path.is_file()), None)
-    measured = json.loads(summary.read_bytes()) if summary else {}
+    text = "Texts are lower-cased. " if tokenizer.lowercase else ""
+    run = source.parent if source.name in ("best", "last") else source
+    summary = run / "summary.json"
+    measured = json.loads(summary.read_bytes()) if summary.is_file() else {}
     rows = [f"| `{key}` | {value:.6g} |" for key, value in measured.items()
             if isinstance(value, (int, float)) and not isinstance(value, bool)]
     numbers = "\n".join(["| measured by the run that made it | |", "|---|---|", *rows, ""])

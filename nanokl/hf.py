@@ -37,6 +37,9 @@ SWITCHES = {
              "tie_word_embeddings": (True,), "quantization_config": (None,)},
 }
 INNER = {"gpt2": ("n_inner", None), "bert": ("intermediate_size", 3072)}  # the MLPs' width
+# Our switches that decide what is computed.
+COMPUTED = ("causal", "norm", "norm_first", "embed_norm", "position", "activation", "bias",
+            "qk_norm", "head_transform", "ngram_rows")
 BLOCK, LAYER = "blocks.{}.", "encoder.layer.{}."
 # Our modules and theirs, of which several are joined to one of ours.
 MODULES = {
@@ -74,13 +77,21 @@ class Part(NamedTuple):
     shape: tuple[int, ...]
 
 
+def kind_of(config: Mapping):
+    """Its model_type; configs of before 2020 have none, and show theirs by their keys."""
+    if "model_type" in config:
+        return config["model_type"]
+    marks = {"gpt2": {"n_embd", "n_positions"}, "bert": {"hidden_size", "type_vocab_size"}}
+    return next((kind for kind, keys in marks.items() if keys <= config.keys()), None)
+
+
 def config_in(theirs: Mapping, names: Iterable[str]) -> tuple[str, dict]:
     """Our class, and the fields of it that its preset leaves open, for a config of theirs.
 
     names: of the folder's tensors; a BERT without a masked-token head among them has none here.
     UserError for what our models do not compute.
     """
-    kind = theirs["model_type"]
+    kind = kind_of(theirs)
     if kind not in ("gpt2", "bert"):
         raise UserError(f"its model_type is {kind!r}: give a folder of {' or '.join(CLASSES)}")
     for key, allowed in SWITCHES[kind].items():
@@ -89,7 +100,7 @@ def config_in(theirs: Mapping, names: Iterable[str]) -> tuple[str, dict]:
             raise UserError(f"its {key} is {value!r}: only {allowed[0]!r} is computed here")
     fields = {}
     for name, (key, default) in FIELDS[kind].items():
-        fields[name] = theirs.get(key, default)
+        fields[name] = default if theirs.get(key) is None else theirs[key]
         if fields[name] is None:
             raise UserError(f"it has no {key}: give a whole config")
     key, default = INNER[kind]
@@ -99,6 +110,11 @@ def config_in(theirs: Mapping, names: Iterable[str]) -> tuple[str, dict]:
     if kind == "bert":
         fields["mlm_head"] = any(name.startswith("cls.predictions.") for name in names)
     return CLASSES[kind], fields
+
+
+def idle(kind: str, name: str) -> bool:
+    """Whether a tensor plays no part in hidden states or logits."""
+    return bool(re.fullmatch(IDLE[kind], name.removeprefix(PREFIX[kind])))
 
 
 def canonical(kind: str, names: Iterable[str], wanted: Collection[str]) -> dict[str, str]:
@@ -112,7 +128,7 @@ def canonical(kind: str, names: Iterable[str], wanted: Collection[str]) -> dict[
         name = raw.removeprefix(PREFIX[kind])
         name = re.sub(r"LayerNorm\.(gamma|beta)$",
                       lambda m: "LayerNorm." + {"gamma": "weight", "beta": "bias"}[m[1]], name)
-        if not re.fullmatch(IDLE[kind], name):
+        if not idle(kind, name):
             out[raw] = name
     for raw, name in list(out.items()):
         twin = TWINS[kind].get(name)
@@ -184,12 +200,10 @@ def config_out(kind: str, config: Mapping) -> dict:
             "attention_probs_dropout_prob": 0.0}
 
 
-def unlike(config: Mapping, preset: Mapping) -> list[str]:
-    """The switches that keep a model of ours from being of theirs, with their values, as text."""
-    wanted = {"ngram_rows": [], **preset}
-    free = {field for fields in FIELDS.values() for field in fields}
-    reasons = [f"{name} {config[name]!r}" for name, value in wanted.items()
-               if name in config.keys() - free and config[name] != value]
-    if bool(config["n_segment"]) != ("n_segment" in preset):
+def unlike(config: Mapping, theirs: Mapping) -> list[str]:
+    """What keeps a model of ours from being one of theirs, by their preset's config, as text."""
+    reasons = [f"{name} {config[name]!r}" for name in COMPUTED
+               if name in config and config[name] != theirs[name]]
+    if bool(config["n_segment"]) != bool(theirs["n_segment"]):
         reasons.append(f"n_segment {config['n_segment']}")
     return reasons

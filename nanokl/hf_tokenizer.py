@@ -15,11 +15,13 @@ from itertools import pairwise
 from pathlib import Path
 
 from nanokl import UserError
-from nanokl.tokenizer import FILE_NAME, Tokenizer
+from nanokl.tokenizer import CHAR_PATTERN, FILE_NAME, PATTERN, Tokenizer
 from nanokl.wordpiece import LONGEST, OPTIONS, VOCAB, WordPiece
 
 BPE_VOCAB, MERGES, WHOLE = "vocab.json", "merges.txt", "tokenizer.json"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+PATTERNS = (GPT2_PATTERN, PATTERN, CHAR_PATTERN)
+MOST_WORK = 10**8  # bytes squared, over the tokens whose merges are checked; GPT-2 has 4 million
 
 
 def byte_letters() -> dict[int, str]:
@@ -32,24 +34,35 @@ def byte_letters() -> dict[int, str]:
 def load_tokenizer(folder: str | Path) -> Tokenizer | WordPiece:
     """The tokenizer of a model's folder; UserError if it is missing, damaged or of another size."""
     folder = Path(folder)
-    if (folder / FILE_NAME).is_file() or not any(
-            (folder / name).is_file() for name in (VOCAB, BPE_VOCAB, WHOLE)):
-        return Tokenizer.load(folder)
+    own = (folder / FILE_NAME).is_file() or not any((folder / name).is_file() for name in READERS)
     try:
-        found = [read(folder) for name, read in READERS.items() if (folder / name).is_file()]
-        size = _json(folder / "config.json").get("vocab_size", found[0].vocab_size)
+        found = [Tokenizer.load(folder)] if own else [
+            read(folder) for name, read in READERS.items() if (folder / name).is_file()]
+        same = len({tokenizer.hash for tokenizer in found}) == 1
+        size = _model_size(folder)
     except UserError as error:
+        if own:
+            raise
         raise UserError(f"the tokenizer of {folder} cannot be used: {error}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    # somebody else's files may hold any values, and fail anywhere
+    except (OSError, ValueError, LookupError, ArithmeticError, TypeError, AttributeError,
+            RecursionError) as error:
         raise UserError(f"the tokenizer of {folder} is damaged ({type(error).__name__}: "
                         f"{' '.join(str(error).split())}): use another folder") from None
-    if len(found) > 1 and found[0].hash != found[1].hash:
+    if not same:
         raise UserError(f"{folder / WHOLE} and the vocabulary beside it are not the same: use "
                         "another folder")
-    if size != found[0].vocab_size:
+    if size not in (None, found[0].vocab_size):
         raise UserError(f"the tokenizer of {folder} has {found[0].vocab_size} tokens, its model "
                         f"{size}: use a folder in which they agree")
     return found[0]
+
+
+def _model_size(folder: Path) -> int | None:
+    """The vocabulary of the model beside a tokenizer; None without one."""
+    config = _json(folder / "config.json")
+    config = config.get("config", config)  # nanokl's
+    return config.get("trunk_config", config).get("vocab_size")
 
 
 def _json(path: Path) -> dict:
@@ -74,7 +87,7 @@ def _wordpiece(pieces: Sequence[str], normalizer: Mapping) -> WordPiece:
 
 def read_vocab_txt(folder: Path) -> WordPiece:
     """From vocab.txt, a piece a line, and the options of tokenizer_config.json."""
-    text = (folder / VOCAB).read_bytes().decode().replace("\r\n", "\n")
+    text = (folder / VOCAB).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     given = _json(folder / OPTIONS)
     _require(given, OPTIONS, do_basic_tokenize=True, never_split=None)
     names = {"do_lower_case": "lowercase", "strip_accents": "strip_accents",
@@ -103,12 +116,12 @@ def read_whole(folder: Path) -> Tokenizer | WordPiece:
     model, normalizer, splitter = (saved.get(k) or {} for k in
                                    ("model", "normalizer", "pre_tokenizer"))
     added = {token["content"]: token["id"] for token in saved.get("added_tokens") or ()}
-    kind = model.get("type")
+    kind = model.get("type") or ("BPE" if "merges" in model else "WordPiece")  # of before 2021
     if kind == "WordPiece":
         _require(model, WHOLE, unk_token="[UNK]", continuing_subword_prefix="##",
                  max_input_chars_per_word=LONGEST)
-        _require(normalizer, WHOLE, type="BertNormalizer", clean_text=True)
-        _require(splitter, WHOLE, type="BertPreTokenizer")
+        _require({"type": None, **normalizer}, WHOLE, type="BertNormalizer", clean_text=True)
+        _require({"type": None, **splitter}, WHOLE, type="BertPreTokenizer")
         if set(added) - set(model["vocab"]):
             raise UserError(f"{WHOLE} adds tokens to its vocabulary, which is not read")
         return _wordpiece(_in_order(model["vocab"]), normalizer)
@@ -123,7 +136,10 @@ def read_whole(folder: Path) -> Tokenizer | WordPiece:
     if len(steps) == 2:
         _require(steps[0], WHOLE, type="Split", behavior="Isolated", invert=False)
         pattern = steps[0]["pattern"]["Regex"]
-    if (len(steps) > 2 or steps[-1].get("type") != "ByteLevel"
+        if pattern not in PATTERNS:
+            raise UserError(f"{WHOLE} cuts texts by {pattern!r}: only patterns of GPT-2 and nanokl "
+                            "are read, which leave nothing out")
+    if (len(steps) not in (1, 2) or steps[-1].get("type") != "ByteLevel"
             or steps[-1].get("use_regex", True) != (len(steps) == 1)):
         raise UserError(f"{WHOLE} cuts texts in another way: only ByteLevel is read, by itself or "
                         "behind one Split")
@@ -161,6 +177,8 @@ def bpe(vocab: Mapping[str, int], merges: Sequence[Sequence[str]], specials: Col
     ids = [vocab.get("".join(merge), -1) for merge in merges]
     if -1 in ids or any(a >= b for a, b in pairwise(ids)):
         raise UserError("the merges are not those of the vocabulary, in its order")
+    if sum(len(token) ** 2 for token in tokens) > MOST_WORK:
+        raise UserError(f"its tokens have up to {max(map(len, tokens))} bytes: too long to check")
     ranks = {token: i for i, token in enumerate(tokens) if token}
     for (a, b), i in zip(merges, ids, strict=True):
         if halves(tokens[i], ranks) != (tokens[vocab[a]], tokens[vocab[b]]):
@@ -181,12 +199,15 @@ def halves(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, ...]:
     return tuple(parts)
 
 
-def whole(tokenizer: Tokenizer | WordPiece) -> dict:
-    """tokenizer.json of a tokenizer, as data."""
-    special = [{"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
-                "normalized": False, "special": True}
-               for i, name in sorted(zip(tokenizer.special_ids, tokenizer.specials, strict=True))]
-    saved = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": special}
+def whole(tokenizer: Tokenizer | WordPiece, *, framed: bool) -> dict:
+    """tokenizer.json of a tokenizer, as data; `framed`: a text becomes [CLS] text [SEP]."""
+    specials = sorted(zip(tokenizer.special_ids, tokenizer.specials, strict=True))
+    # a word's leading space is part of its token, so a mask in its place swallows it (fill_mask)
+    special = [{"id": i, "content": name, "single_word": False, "rstrip": False, "special": True,
+                "lstrip": name == "[MASK]", "normalized": False} for i, name in specials]
+    saved = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": special,
+             "post_processor": _template(tokenizer) if framed and "[CLS]" in tokenizer.specials
+             else None}
     if isinstance(tokenizer, WordPiece):
         model = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
                  "max_input_chars_per_word": LONGEST,
@@ -196,8 +217,7 @@ def whole(tokenizer: Tokenizer | WordPiece) -> dict:
                                "handle_chinese_chars": tokenizer.spaced_cjk,
                                "strip_accents": tokenizer.strip_accents,
                                "lowercase": tokenizer.lowercase},
-                "post_processor": _template(tokenizer), "decoder": {
-                    "type": "WordPiece", "prefix": "##", "cleanup": True}}
+                "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}
     letters = byte_letters()
     spell = {token: "".join(letters[b] for b in token) for token in tokenizer.tokens if token}
     ranks = {token: i for i, token in enumerate(tokenizer.tokens) if token}
@@ -208,16 +228,15 @@ def whole(tokenizer: Tokenizer | WordPiece) -> dict:
     return {**saved, "normalizer": {"type": "Lowercase"} if tokenizer.lowercase else None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
                 cut, {**level, "use_regex": False}]},
-            "post_processor": _template(tokenizer), "decoder": {**level, "use_regex": True},
+            "decoder": {**level, "use_regex": True},
             "model": {"type": "BPE", "dropout": None, "unk_token": None, "byte_fallback": False,
                       "ignore_merges": False, "merges": merges,
-                      "vocab": {spell[token]: i for token, i in ranks.items()}}}
+                      "vocab": {**{spell[token]: i for token, i in ranks.items()},
+                                **{name: i for i, name in specials}}}}
 
 
-def _template(tokenizer) -> dict | None:
-    """[CLS] text [SEP], where the tokenizer has both."""
-    if not {"[CLS]", "[SEP]"} <= set(tokenizer.specials):
-        return None
+def _template(tokenizer) -> dict:
+    """[CLS] text [SEP], and of pairs [CLS] text [SEP] text [SEP]."""
     first, last = ({"SpecialToken": {"id": name, "type_id": 0}} for name in ("[CLS]", "[SEP]"))
     text = {"Sequence": {"id": "A", "type_id": 0}}
     return {"type": "TemplateProcessing", "single": [first, text, last],

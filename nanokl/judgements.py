@@ -19,6 +19,8 @@ from nanokl import UserError
 from nanokl.labelled import as_number, read_labelled
 from nanokl.runtime import generator
 
+MOST = 2000  # snippets with one rating each, of a domain, that are compared: 2 million pairs
+
 
 @dataclass(frozen=True)
 class Judgements:
@@ -136,6 +138,19 @@ class HumanPairs:
     human: np.ndarray  # of both, times the odds that the other raters' means agree; ties count 1/2
 
 
+def _single_pairs(j: Judgements, rows: np.ndarray, d: int, n_domains: int) -> tuple:
+    """The pairs of snippets with one rating each, of at most MOST of them."""
+    rows = np.sort(np.random.default_rng(0).permutation(rows)[:MOST])
+    a, b = np.triu_indices(len(rows), 1)
+    x = j.ratings[rows, 0]
+    wins, loses = (x[a] > x[b]).astype(float), (x[a] < x[b]).astype(float)
+    if not (scale := (wins + loses).sum() * n_domains):
+        raise UserError(f"the ratings of the domain {j.domain_names[d]} hold too few different "
+                        "judgements to compare: give more snippets or raters")
+    return rows[a], rows[b], np.full(len(a), d), wins / scale, loses / scale, np.full(
+        len(a), np.nan)
+
+
 # With s the sum of a snippet's n ratings and x the one drawn, the others' mean is (s - x)/(n - 1).
 # For two snippets the sign of the difference of their others' means is that of
 #
@@ -150,8 +165,10 @@ def human_pairs(j: Judgements) -> HumanPairs:
     values = np.unique(j.ratings)
     parts, present = [], np.unique(j.domains)
     for d in present:
-        single = j.n_ratings[j.domains == d].max() == 1
-        rows = np.flatnonzero((j.domains == d) & ((j.n_ratings > 1) | single))
+        if j.n_ratings[j.domains == d].max() == 1:
+            parts.append(_single_pairs(j, np.flatnonzero(j.domains == d), d, len(present)))
+            continue
+        rows = np.flatnonzero((j.domains == d) & (j.n_ratings > 1))
         n, total = j.n_ratings[rows], j.ratings[rows].sum(1, dtype=np.float64)
         seen = np.arange(j.ratings.shape[1]) < n[:, None]
         odds = np.stack([((j.ratings[rows] == x) & seen).sum(1) for x in values], 1) / n[:, None]
@@ -164,7 +181,6 @@ def human_pairs(j: Judgements) -> HumanPairs:
                 agree += both * (1 + np.sign(gap)) / 2
         a, b = np.triu_indices(len(rows), 1)
         wins, loses, human = higher[a, b], higher[b, a], agree[a, b] + agree[b, a]
-        human = np.full_like(human, np.nan) if single else human
         scale = (wins + loses).sum() * len(present)
         if not scale:
             raise UserError(f"the ratings of the domain {j.domain_names[d]} hold too few different "

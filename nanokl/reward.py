@@ -87,6 +87,11 @@ class RewardModel(nn.Module):
         self.register_buffer("gain", torch.ones(()))
         self.register_buffer("bias", torch.zeros(()))
 
+    @property
+    def block_size(self) -> int:
+        """Tokens that a text may have, [CLS] and [SEP] counted."""
+        return self.members[0].trunk.config.block_size
+
     @classmethod
     def on(cls, trunk: nn.Module, *, n_domain: int, dropout: float = 0.0,
            ngram_dropout: float = 0.0, vocabulary: Vocabulary = NOTHING,
@@ -109,7 +114,7 @@ class RewardModel(nn.Module):
 
         hide (B, block_size) is True where the encoder sees [MASK] in the place of a token.
         """
-        idx, mask = text_batch(tokenizer, texts, block_size=self.config.trunk_config["block_size"])
+        idx, mask = text_batch(tokenizer, texts, block_size=self.block_size)
         grams = ngrams(texts, idx, mask, domain.tolist(), keep=self.training)
         if hide is not None:
             hide_tokens(tokenizer, idx, hide)
@@ -163,8 +168,7 @@ class RewardModel(nn.Module):
         domain, parts = torch.as_tensor(domain).expand(len(texts)), []
         for i in range(0, len(texts), batch):
             few, at = texts[i : i + batch], domain[i : i + batch]
-            block_size = self.config.trunk_config["block_size"]
-            idx, mask = text_batch(tokenizer, few, block_size=block_size)
+            idx, mask = text_batch(tokenizer, few, block_size=self.block_size)
             hashes, *rest = (x.to(self.gain.device)
                              for x in (*ngrams(few, idx, mask, at.tolist()), at))
             ids = self.members[0].linear.look_up(hashes)  # all members know the same n-grams

@@ -62,6 +62,7 @@ class Tokenizer:
         if len(places) > len(specials):
             raise UserError(f"{len(places)} tokens are empty, and {len(specials)} specials: give "
                             "each empty one a name")
+        _utf8("".join(specials))
         if len(set(specials)) < len(specials) or "" in specials:
             raise UserError(f"specials must differ and none be empty, got {list(specials)}")
         self.tokens, self.specials, self.pattern = tuple(tokens), tuple(specials), pattern
@@ -79,7 +80,13 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a text, no special among them; UserError for half a surrogate pair."""
         _utf8(text)  # tiktoken would turn half a surrogate pair into U+FFFD and say nothing
-        return self.encoding.encode_ordinary(lower(text) if self.lowercase else text)
+        try:
+            return self.encoding.encode_ordinary(lower(text) if self.lowercase else text)
+        except BaseException as error:  # tiktoken panics where a pattern asks too much
+            if type(error).__name__ != "PanicException":
+                raise
+            raise UserError(f"the pattern {self.pattern!r} cannot cut this text "
+                            f"({_one_line(error)}): use another tokenizer") from None
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """Ids of each text, as `encode` gives them."""
@@ -154,7 +161,7 @@ class Tokenizer:
         except OSError as error:
             raise UserError(f"no tokenizer at {path} ({error.strerror}); give a folder with "
                             f'{FILE_NAME}, that file, or "gpt2"') from error
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(f"{path} is not a whole tokenizer file: {_one_line(error)}; make it "
                             "again with the data folder's prepare.py") from error
 

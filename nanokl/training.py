@@ -46,7 +46,7 @@ def freeze(model: nn.Module, n: int) -> None:
         raise UserError(f"--freeze is {n}: give 0 to {model.config.n_layer}, the model's blocks")
     for name, p in model.named_parameters() if n else ():
         block = re.match(r"blocks\.(\d+)\.", name)
-        below = name.startswith(("wte.", "wpe.", "norm_embed."))
+        below = name.startswith(("wte.", "wpe.", "wse.", "norm_embed.", "ngrams."))
         if below or (block and int(block[1]) < n):
             p.requires_grad_(False)
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from nanokl import UserError, require_positive, require_types
 from nanokl.layers import ACTIVATIONS, Dropout, Linear
 
-LONGEST = 1 << 20  # positions
+TABLE = 1 << 23  # numbers in a table of rotary positions, at most
 
 
 @dataclass
@@ -59,9 +59,10 @@ class TransformerConfig:
                             f"{self.n_embd // self.n_head}: change n_head or n_embd")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"dropout is {self.dropout}: give 0 <= dropout < 1")
-        if self.position == "rotary" and self.block_size > LONGEST:
-            raise UserError(f"block_size is {self.block_size}: give at most {LONGEST}, which the "
-                            "rotary positions' table takes")
+        longest = TABLE * self.n_head // self.n_embd
+        if self.position == "rotary" and self.block_size > longest:
+            raise UserError(f"block_size is {self.block_size}: give at most {longest}, for which "
+                            "there is a table of rotary positions")
         for name in ("norm", "position", "activation"):
             value, allowed = getattr(self, name), get_args(TransformerConfig.__annotations__[name])
             if value not in allowed:

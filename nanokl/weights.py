@@ -71,7 +71,8 @@ def files(folder: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        "".join(names).encode()
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{index} is damaged: use another") from None
     if outside or not names:
         raise UserError(f"{index} names {outside[:1] or 'no files'}: it may name files beside it")
@@ -95,9 +96,9 @@ def header(folder: Path) -> dict[str, Entry]:
     for path, file in _open(folder):
         try:
             hashes = json.loads((file.metadata() or {}).get("sha256", "{}"))
-            changed = [name for name, value in hashes.items()
-                       if (folder / name).is_file() and _hash(folder / name) != value]
-        except (ValueError, AttributeError, TypeError):
+            changed = [name for name, value in hashes.items() if Path(name).name == name
+                       and (folder / name).is_file() and _hash(folder / name) != value]
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError):
             raise UserError(f"{path} has a damaged header: use another") from None
         if changed:
             raise UserError(f"{folder / changed[0]} is not as it was written with {path.name}: use "
@@ -146,8 +147,14 @@ def _told(folder: Path) -> Iterator[None]:
 def load(folder: Path, model: nn.Module, kind: str | None) -> None:
     """Copies the tensors of `folder` into the model, all or none; UserError if they do not fit."""
     check(folder, model, kind)
-    values = {name: file.get_tensor(name) for _, file in _open(folder)
-              for name in file.keys()}  # noqa: SIM118
+    values = {}
+    for path, file in _open(folder):
+        for name in file.keys():  # noqa: SIM118
+            if not kind or not hf.idle(kind, name):
+                try:
+                    values[name] = file.get_tensor(name)
+                except safetensors.SafetensorError as error:  # a kind of number torch has not
+                    raise UserError(f"{path} cannot be used: {name}: {error}") from None
     if kind:
         with _told(folder):
             shapes = {name: tuple(x.shape) for name, x in tensors(model).items()}

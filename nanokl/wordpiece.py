@@ -56,6 +56,9 @@ class WordPiece:
                  strip_accents: bool | None = None, spaced_cjk: bool = True):
         self.pieces, self.lowercase, self.spaced_cjk = tuple(pieces), lowercase, spaced_cjk
         self.strip_accents = lowercase if strip_accents is None else strip_accents
+        for name in ("lowercase", "spaced_cjk", "strip_accents"):
+            if type(getattr(self, name)) is not bool:
+                raise UserError(f"{name} is {getattr(self, name)!r}: give true or false")
         self.specials, self.vocab_size = SPECIALS, len(self.pieces)
         self._ids = {piece: i for i, piece in enumerate(self.pieces)}
         if len(self._ids) < len(self.pieces) or "" in self._ids:

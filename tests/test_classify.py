@@ -192,6 +192,11 @@ def test_frozen_blocks_stay(cls):
     assert any(name.startswith("blocks.2.") for name in moved)
     assert not any(name.startswith(("blocks.0.", "blocks.1.", "wte.")) for name in moved)
     assert "head.weight" not in moved  # tied to the embeddings
+    for options in ({"n_segment": 2}, {"ngram_rows": [3]} if cls is GPT else {}):
+        trunk = make_trunk(cls, **options)
+        freeze(trunk, 1)
+        left = {name for name, p in trunk.named_parameters() if p.requires_grad}
+        assert left <= {"norm_final.weight", "norm_final.bias", "head.bias"}
     freeze(make_trunk(cls), 0)
     for n in (-1, 4):
         with pytest.raises(UserError, match=f"--freeze is {n}: give 0 to 3"):

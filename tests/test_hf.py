@@ -16,12 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanokl import UserError, checkpoint, hf, hf_tokenizer, weights
-from nanokl.bert import BERT, embed, fill_mask
+from nanokl.bert import BERT, embed, fill_mask, longest_text
 from nanokl.export import export
 from nanokl.gpt import GPT, PRESETS, GPTConfig
 from nanokl.hf_tokenizer import load_tokenizer
 from nanokl.logprob import linear_logprob
 from nanokl.ppo import make_policy
+from nanokl.reward import RewardModel
 from nanokl.tokenizer import train_bpe
 from nanokl.trunks import load_trunk
 from nanokl.wordpiece import WordPiece
@@ -133,7 +134,7 @@ def test_each_file_of_a_tokenizer_will_do(copy):
         folder = copy(name)
         whole = load_tokenizer(folder)
         if name == "gpt2":
-            text = json.dumps(hf_tokenizer.whole(whole))
+            text = json.dumps(hf_tokenizer.whole(whole, framed=False))
             (folder / "tokenizer.json").write_text(text)
             assert load_tokenizer(folder).tokens == whole.tokens  # both, and they agree
         for file in files:
@@ -189,7 +190,7 @@ def test_merges_that_tiktoken_would_widen_are_refused():
 def test_a_tokenizer_comes_back_from_tokenizer_json(texts, lowercase):
     """Ours, as exported, read again: the same tokens, whatever the merges were learnt from."""
     tokenizer = train_bpe(["a banana, a bandana " * 3, *texts], 300, lowercase=lowercase)
-    saved = hf_tokenizer.whole(tokenizer)
+    saved = hf_tokenizer.whole(tokenizer, framed=True)
     assert [b"".join(hf_tokenizer.halves(t, {x: i for i, x in enumerate(tokenizer.tokens)}))
             for t in tokenizer.tokens] == list(tokenizer.tokens)
     vocab = saved["model"]["vocab"] | {t["content"]: t["id"] for t in saved["added_tokens"]}
@@ -274,10 +275,11 @@ def test_models_of_our_own_shape_are_plain_safetensors(tmp_path):
         export(tmp_path / "run", tmp_path / "out")
     (tmp_path / "out" / "README.md").write_text("my own card")  # may be edited
     GPT.from_pretrained(tmp_path / "out")
-    for m, says in ((GPT(GPTConfig(vocab_size=262, n_head=2, n_embd=8, n_segment=2,
-                                   **PRESETS["gpt2"])), "n_segment 2"),
-                    (GPT(GPTConfig(vocab_size=262, n_head=2, n_embd=8, ngram_rows=[4],
-                                   **PRESETS["gpt2"])), "ngram_rows [4]")):
+    sizes = {"vocab_size": 262, "n_head": 2, "n_embd": 8}
+    for switch, says in (({"n_segment": 2}, "n_segment 2"), ({"ngram_rows": [4]}, "ngram_rows [4]"),
+                         ({"causal": False}, "causal False"),
+                         ({"norm_first": False}, "norm_first False")):
+        m = GPT(GPTConfig(**sizes | PRESETS["gpt2"] | switch))
         checkpoint.save(tmp_path / says, m, tokenizer=tokenizer)
         assert f"({says})" in written_out(tmp_path / says, tmp_path / f"{says} out")
 
@@ -316,9 +318,10 @@ WTE, HEAD = "bert.embeddings.word_embeddings.weight", "cls.predictions.bias"
 DAMAGE = {
     "another kind": ("bert", config(model_type="llama"), "model_type is 'llama': give a folder of"),
     "a list as kind": ("bert", config(model_type=[]), "config.json"),
-    "layers": ("gpt2", config(n_layer=10**9), "n_layer is 1000000000, but there are 28 tensors"),
-    "layers of a BERT": ("bert", config(num_hidden_layers=10**9), "n_layer is 1000000000"),
+    "layers": ("gpt2", config(n_layer=10**9), "asks for 1000000000 blocks, but there are 28 t"),
+    "layers of a BERT": ("bert", config(num_hidden_layers=10**9), "asks for 1000000000 blocks"),
     "width": ("gpt2", config(n_embd=4 * 10**7), "does not fit this GPT"),
+    "no eps": ("gpt2", config(layer_norm_epsilon=None, n_head=0), "n_head is 0: give a number ab"),
     "overflow": ("gpt2", config(n_embd=4 * 10**18), "cannot use"),
     "positions": ("gpt2", config(n_positions=10**12), "wpe.weight is .24, 16. F32, not"),
     "vocabulary": ("bert", config(vocab_size=10**10), "does not fit"),
@@ -349,6 +352,10 @@ DAMAGE = {
         "x": "../../secret.safetensors"}), "it may name files beside it"),
     "a list as index": ("gpt2-untied", lambda f: (f / "model.safetensors.index.json").write_text(
         "[]"), "index.json is damaged"),
+    "huge eps": ("gpt2", config(layer_norm_epsilon=10**400), "eps is 1000000"),
+    "surrogate shard": ("gpt2-untied", edit_json("model.safetensors.index.json", weight_map={
+        "x": "\ud800"}), "index.json is damaged"),
+    "not said": ("bert", config(model_type=..., type_vocab_size=...), "not written by nanokl"),
     "deep": ("bert", lambda f: (f / "config.json").write_text("[" * 10**5), "is damaged"),
 }
 
@@ -361,6 +368,15 @@ def test_a_damaged_folder_is_one_line(copy, case):
     with pytest.raises(UserError, match=says) as error:
         load_trunk(folder)
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
+def double(folder: Path, times: int) -> None:
+    """a, aa, aaaa, ...: merges in order, whose check takes the square of their length."""
+    letters = list(hf_tokenizer.byte_letters().values())
+    parts = ["a" * 2**i for i in range(times)]
+    vocab = {x: i for i, x in enumerate([*letters, *parts[1:], "<|endoftext|>"])}
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("".join(f"{x} {x}\n" for x in parts[:-1]))
 
 
 VOCABULARY = {
@@ -376,6 +392,16 @@ VOCABULARY = {
     "unigram": ("gpt2-untied", edit_json("tokenizer.json", model={"type": "Unigram"}), "only BPE"),
     "another splitter": ("gpt2-untied", edit_json("tokenizer.json", pre_tokenizer={
         "type": "Metaspace"}), "only ByteLevel is read"),
+    "a switch as text": ("bert-2018", lambda f: (f / "tokenizer_config.json").write_text(
+        '{"do_lower_case": "false"}'), "lowercase is 'false': give true or false"),
+    "no splitter": ("gpt2-untied", edit_json("tokenizer.json", pre_tokenizer={
+        "type": "Sequence", "pretokenizers": []}), "only ByteLevel is read"),
+    "a pattern with gaps": ("gpt2-untied", edit_json("tokenizer.json", pre_tokenizer={
+        "type": "Sequence", "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": "\\p{L}+"}, "behavior": "Isolated"},
+            {"type": "ByteLevel", "use_regex": False}]}), "only patterns of GPT-2 and nanokl"),
+    "no normaliser": ("bert", edit_json("tokenizer.json", normalizer=None), "'BertNormalizer' is"),
+    "long tokens": ("gpt2", lambda f: double(f, 15), "bytes: too long to check"),
     "none": ("bert-2018", lambda f: (f / "vocab.txt").unlink(), "no tokenizer at"),
 }
 
@@ -390,6 +416,39 @@ def test_a_damaged_vocabulary_is_one_line(copy, case):
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
 
 
+def test_a_config_of_2018_does_not_say_its_kind(copy):
+    for name in ("bert-2018", "gpt2"):
+        folder = copy(name)
+        config(model_type=...)(folder)
+        x = expected(name)
+        with torch.no_grad():
+            h = model(folder, name)(x["idx"], x.get("mask"), x.get("segment"))
+        assert (h - x["h"])[0].abs().max() < 1e-5
+
+
+def test_how_sentences_are_pooled(copy):
+    folder = copy("bert-2018")
+    assert longest_text(folder, 24) == 24
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 9}')
+    (folder / "modules.json").write_text('[{"type": "sentence_transformers.models.Pooling"}]')
+    assert longest_text(folder, 24) == 9
+    (folder / "1_Pooling").mkdir()
+    for name, text, says in (
+            ("1_Pooling/config.json", '{"pooling_mode_cls_token": true}', "pooling_mode_cls_token"),
+            ("1_Pooling/config.json", '{"pooling_mode": "cls"}', "has cls: only the mean"),
+            ("modules.json", '[{"type": "x.Dense"}]', "x.Dense: only the mean"),
+            ("modules.json", "[3]", "does not say how"),
+            ("sentence_bert_config.json", '{"max_seq_length": 1e999}', None),
+            ("sentence_bert_config.json", '{"max_seq_length": "x"}', "does not say how")):
+        (folder / name).write_text(text)
+        if says is None:
+            assert longest_text(folder, 24) == 24
+        else:
+            with pytest.raises(UserError, match=says):
+                longest_text(folder, 24)
+        (folder / name).unlink()
+
+
 def own_folder(folder: Path) -> Path:
     """A checkpoint of nanokl's, with all that it can have."""
     tokenizer = train_bpe(["a banana, a bandana. " * 9], 280)
@@ -399,11 +458,92 @@ def own_folder(folder: Path) -> Path:
     return folder
 
 
+def reward_folder(folder: Path) -> Path:
+    """A reward model of nanokl's on a BERT of others."""
+    m = RewardModel.on(load_trunk(FIXTURES / "bert"), n_domain=2)
+    checkpoint.save(folder, m, tokenizer=load_tokenizer(FIXTURES / "bert"))
+    return folder
+
+
+def full_folder(folder: Path) -> Path:
+    """A BERT with every small file that a sentence encoder brings."""
+    shutil.copytree(FIXTURES / "bert-2018", folder)
+    load_tokenizer(folder).save(folder)
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 20}')
+    (folder / "modules.json").write_text('[{"type": "sentence_transformers.models.Pooling"}]')
+    return folder
+
+
+MADE = {"own": own_folder, "reward": reward_folder, "full": full_folder}
+
+
+def a_folder(tmp_path_factory, name: str) -> Path:
+    """The fixture of that name, or one made once."""
+    if name not in MADE:
+        return FIXTURES / name
+    folder = tmp_path_factory.getbasetemp() / f"made-{name}"
+    return folder if folder.exists() else MADE[name](folder)
+
+
+def use(folder: Path):
+    """The folder's model and tokenizer, and a text run through both."""
+    tokenizer = load_tokenizer(folder)
+    if checkpoint.read_config(folder)["model"] == "RewardModel":
+        m = checkpoint.load(folder, RewardModel)
+        m.score_texts(tokenizer, ["A man"])
+    else:
+        m = load_trunk(folder).eval()
+        longest_text(folder, m.config.block_size)
+        with torch.no_grad():
+            m(torch.tensor([tokenizer.encode("A man")[: m.config.block_size]]))
+    return m, tokenizer
+
+
+# what JSON can hold and a config should not
+ODD = [10**400, -(10**400), math.inf, math.nan, 1e-320, -1, 0, True, None, "", "x", "\ud800", [],
+       {}, [[]], {"content": None}]
+JSONS = [("own", "config.json"), ("own", "tokenizer.nanokl.json"), ("reward", "config.json"),
+         ("reward", "tokenizer_config.json"), ("gpt2", "config.json"), ("gpt2", "vocab.json"),
+         ("gpt2-untied", "tokenizer.json"), ("gpt2-untied", "model.safetensors.index.json"),
+         ("bert", "config.json"), ("bert", "tokenizer.json"), ("full", "tokenizer_config.json"),
+         ("full", "sentence_bert_config.json"), ("full", "modules.json")]
+
+
+def places(x) -> list[tuple]:
+    """Every place of a value in JSON, as its container and key."""
+    items = list(x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, list) else ())
+    return [(x, key) for key, _ in items] + [p for _, value in items for p in places(value)]
+
+
+@pytest.mark.parametrize("name, file", JSONS)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_odd_values_are_an_error_or_are_used(tmp_path_factory, name, file, data):
+    """Any value at any place, with or without our hashes: no exception but a UserError's line."""
+    source = a_folder(tmp_path_factory, name)
+    folder = tmp_path_factory.mktemp("odd") / "m"
+    shutil.copytree(source, folder)
+    saved = json.loads((folder / file).read_bytes())
+    found = places(saved)
+    container, key = found[data.draw(st.integers(0, len(found) - 1))]
+    container[key] = data.draw(st.sampled_from(ODD))
+    (folder / file).write_text(json.dumps(saved))
+    if name in ("own", "reward"):  # as if somebody had written it, who keeps no hashes
+        tensors(lambda t: None)(folder)
+    try:
+        use(folder)
+    except UserError as error:
+        assert "\n" not in str(error)
+    shutil.rmtree(folder)
+
+
 FILES = [("own", "config.json"), ("own", "model.safetensors"), ("own", "tokenizer.nanokl.json"),
          ("gpt2", "config.json"), ("gpt2", "model.safetensors"), ("gpt2", "vocab.json"),
          ("gpt2", "merges.txt"), ("gpt2-untied", "model.safetensors.index.json"),
          ("gpt2-untied", "tokenizer.json"), ("bert", "config.json"), ("bert", "model.safetensors"),
-         ("bert", "vocab.txt"), ("bert", "tokenizer.json"), ("bert-2018", "vocab.txt")]
+         ("bert", "vocab.txt"), ("bert", "tokenizer.json"), ("bert-2018", "vocab.txt"),
+         ("reward", "config.json"), ("reward", "model.safetensors"), ("reward", "vocab.txt"),
+         ("reward", "tokenizer_config.json"), ("full", "tokenizer_config.json")]
 
 
 @pytest.mark.parametrize("name, file", FILES)
@@ -415,10 +555,7 @@ def test_flipped_bytes_are_an_error_or_the_same_model(tmp_path_factory, name, fi
     A config or a lone vocabulary of theirs that is whole and says something else is another model
     by the layout's own rules: then what was loaded is what the file says.
     """
-    source = FIXTURES / name
-    if name == "own":
-        source = tmp_path_factory.getbasetemp() / "own"
-        source = source if source.exists() else own_folder(source)
+    source = a_folder(tmp_path_factory, name)
     folder = tmp_path_factory.mktemp("flipped") / "m"
     shutil.copytree(source, folder)
     content = bytearray((folder / file).read_bytes())
@@ -428,16 +565,16 @@ def test_flipped_bytes_are_an_error_or_the_same_model(tmp_path_factory, name, fi
         content[place] ^= data.draw(st.integers(1, 255))
     (folder / file).write_bytes(bytes(content))
     try:
-        got, words = load_trunk(folder), load_tokenizer(folder)
+        got, words = use(folder)
     except UserError as error:
         assert "\n" not in str(error)
         return
     finally:
         shutil.rmtree(folder)
-    want, known = load_trunk(source), load_tokenizer(source)
+    want, known = use(source)
     assert all(torch.equal(a, b) for a, b in zip(weights.tensors(got).values(),
                                                  weights.tensors(want).values(), strict=True))
-    if file == "config.json" and name != "own":
+    if file == "config.json" and name not in MADE:
         try:
             fields = hf.config_in(json.loads(bytes(content)), weights.header(source))[1]
         except UserError:
@@ -448,6 +585,8 @@ def test_flipped_bytes_are_an_error_or_the_same_model(tmp_path_factory, name, fi
     if (name, file) == ("bert-2018", "vocab.txt"):
         lines = bytes(content).decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
         assert list(words.pieces) == lines
+    elif (name, file) == ("full", "tokenizer_config.json"):
+        assert words.pieces == known.pieces
     else:
         assert words.hash == known.hash
 

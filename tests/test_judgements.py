@@ -174,6 +174,10 @@ def test_human_pairs_of_single_ratings_have_no_others(tmp_path):
     pairs = human_pairs(judgements(tmp_path, {"film": [[1], [2], [2]]}))
     assert pairs.loses.tolist() == [0.5, 0.5, 0] and not pairs.wins.any()
     assert np.isnan(pairs.human).all()
+    many = {"film": [[i + 0.5] for i in range(2500)]}  # all different: not a loop over values
+    pairs = human_pairs(judgements(tmp_path, many))
+    assert len(pairs.a) == 2000 * 1999 // 2 and pairs.wins.sum() + pairs.loses.sum() == (
+        pytest.approx(1))
 
 
 @pytest.mark.parametrize("lists", [[[1, 2, 3]], [[1, 1], [1, 1]], [[1], [1]]])

@@ -82,9 +82,9 @@ def test_file_budget(path):
 
 
 def test_package_budget():
-    """The posterior's files are 2,000; others' checkpoints, in and out, and classes 1,300."""
+    """The posterior's files are 2,000; others' checkpoints, in and out, and classes 1,500."""
     total = sum(len(lines(p)) for p in MODULES)
-    assert total <= 9900, f"the package has {total} lines of 9,900"
+    assert total <= 10000, f"the package has {total} lines of 10,000"
     over = [p.name for p in MODULES if len(lines(p)) > 300]
     assert len(over) <= 1, f"over 300 lines: {over}"
 

@@ -153,7 +153,7 @@ def test_a_gpt_of_ours_opens_as_theirs(tmp_path, lowercase):
         if any(name in text for name in tokenizer.specials):
             continue  # theirs looks for special tokens in a text
         idx = tokenizer.encode(text)
-        assert words(text, add_special_tokens=False)["input_ids"] == idx, text
+        assert words(text)["input_ids"] == idx, text
         if idx and not lowercase:
             assert words.decode(idx, clean_up_tokenization_spaces=False) == text
         if idx := idx[:40]:
@@ -180,7 +180,11 @@ def test_a_bert_of_ours_opens_as_theirs(tmp_path):
             assert words(text)["input_ids"] == full
             x = torch.tensor([full[:40]])
             assert (theirs(x).logits - ours.logits(ours(x))).abs().max() < 1e-4
-        assert words.mask_token_id == tokenizer.special("[MASK]")
+        mask = tokenizer.special("[MASK]")
+        assert words.mask_token_id == mask
+        # what fill_mask reads: the mask stands for a word and the space before it
+        full = [full[0], *tokenizer.encode("A man"), mask, *tokenizer.encode(" food."), full[-1]]
+        assert words("A man [MASK] food.")["input_ids"] == full
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-untied", "bert"])
@@ -192,11 +196,17 @@ def test_fixtures_go_out_bit_for_bit(tmp_path, name):
                      (FIXTURES / name, tmp_path / "out"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
+    words, tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out"), load_tokenizer(
+        FIXTURES / name)
+    for special in tokenizer.specials:
+        assert words.convert_tokens_to_ids(special) == tokenizer.special(special)
+    for text in TEXTS:
+        assert words(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text)
 
 
 def test_their_tokenizer_reads_ours(tmp_path):
     tokenizer = train_bpe(TEXTS, 400)
-    (tmp_path / "t.json").write_text(json.dumps(hf_tokenizer.whole(tokenizer)))
+    (tmp_path / "t.json").write_text(json.dumps(hf_tokenizer.whole(tokenizer, framed=True)))
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "t.json"))
 
     @settings(max_examples=300, deadline=None)

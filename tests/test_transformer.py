@@ -450,7 +450,9 @@ def test_dropout_takes_each_sublayers_output(norm_first):
 @pytest.mark.parametrize("wrong, message", [
     ({"n_head": 5}, "5 heads do not divide a width of 12"),
     ({"n_head": 4}, "even head width, n_embd / n_head is 3"),
-    ({"block_size": 0}, "block_size is 0"),
+    ({"block_size": 0}, "block_size is 0"), ({"block_size": 1 << 30}, "block_size is 1073741824"),
+    ({"n_layer": 2.0}, "n_layer is 2.0: give a whole number"),
+    ({"bias": 1}, "bias is 1: give true or false"),
     ({"vocab_size": 0}, "vocab_size is 0"),
     ({"n_layer": -1}, "n_layer is -1"),
     ({"n_head": 0}, "n_head is 0"),

