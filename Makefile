@@ -102,7 +102,7 @@ MINILM := data/minilm/model
 REWARD_minilm := --objective rating --members 2 --steps 1000 --eval_every 100 --patience 20 --muon_lr 0 --trunk_lr 0.05
 $(MINILM)/config.json: | $(VENV)
 	$(PY) data/minilm/prepare.py
-minilm: $(RUN)/minilm/summary.json ## 33   reward model on all-MiniLM-L6-v2, with what it needs
+minilm: $(RUN)/minilm/summary.json ## 38   reward model on all-MiniLM-L6-v2, with what it needs
 $(RUN)/minilm/summary.json: | $(RUN)/gpt/summary.json $(MINILM)/config.json
 	$(PY) train_rlhf.py reward --data $(DATA) --init $(MINILM) --policy $(RUN)/gpt --out $(RUN)/minilm $(if $(filter tiny,$(BUDGET)),$(REWARD_tiny),$(REWARD_minilm)) $(call go_on,minilm)
 
