@@ -21,7 +21,7 @@ from nanokl.wordpiece import LONGEST, OPTIONS, VOCAB, WordPiece
 BPE_VOCAB, MERGES, WHOLE = "vocab.json", "merges.txt", "tokenizer.json"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 PATTERNS = (GPT2_PATTERN, PATTERN, CHAR_PATTERN)
-MOST_WORK = 10**8  # bytes squared, over the tokens whose merges are checked; GPT-2 has 4 million
+MOST_WORK = 10**8  # bytes squared, over the tokens whose merges are checked; GPT-2 has 2.5 million
 
 
 def byte_letters() -> dict[int, str]:

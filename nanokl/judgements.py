@@ -138,49 +138,22 @@ class HumanPairs:
     human: np.ndarray  # of both, times the odds that the other raters' means agree; ties count 1/2
 
 
-def _single_pairs(j: Judgements, rows: np.ndarray, d: int, n_domains: int) -> tuple:
-    """The pairs of snippets with one rating each, of at most MOST of them."""
-    rows = np.sort(np.random.default_rng(0).permutation(rows)[:MOST])
-    a, b = np.triu_indices(len(rows), 1)
-    x = j.ratings[rows, 0]
-    wins, loses = (x[a] > x[b]).astype(float), (x[a] < x[b]).astype(float)
-    if not (scale := (wins + loses).sum() * n_domains):
-        raise UserError(f"the ratings of the domain {j.domain_names[d]} hold too few different "
-                        "judgements to compare: give more snippets or raters")
-    return rows[a], rows[b], np.full(len(a), d), wins / scale, loses / scale, np.full(
-        len(a), np.nan)
-
-
-# With s the sum of a snippet's n ratings and x the one drawn, the others' mean is (s - x)/(n - 1).
-# For two snippets the sign of the difference of their others' means is that of
-#
-#     (s_a - x_a)(n_b - 1) - (s_b - x_b)(n_a - 1),        exact for whole ratings
-#
 def human_pairs(j: Judgements) -> HumanPairs:
     """`HumanPairs` of judgements; UserError when no two snippets of a domain can be compared.
 
     Snippets with one rating are left out, for nobody else rated them; where all have one, they stay
-    and `human` is NaN.
+    (at most MOST of them, drawn by a fixed seed) and `human` is NaN.
     """
-    values = np.unique(j.ratings)
     parts, present = [], np.unique(j.domains)
     for d in present:
-        if j.n_ratings[j.domains == d].max() == 1:
-            parts.append(_single_pairs(j, np.flatnonzero(j.domains == d), d, len(present)))
-            continue
-        rows = np.flatnonzero((j.domains == d) & (j.n_ratings > 1))
-        n, total = j.n_ratings[rows], j.ratings[rows].sum(1, dtype=np.float64)
-        seen = np.arange(j.ratings.shape[1]) < n[:, None]
-        odds = np.stack([((j.ratings[rows] == x) & seen).sum(1) for x in values], 1) / n[:, None]
-        higher, agree = np.zeros((2, len(rows), len(rows)))  # x_a > x_b, and the others say so
-        for u, x_a in enumerate(values):
-            for v, x_b in enumerate(values[:u]):
-                both = np.outer(odds[:, u], odds[:, v])
-                gap = np.outer(total - x_a, n - 1) - np.outer(n - 1, total - x_b)
-                higher += both
-                agree += both * (1 + np.sign(gap)) / 2
+        rows = np.flatnonzero(j.domains == d)
+        single = j.n_ratings[rows].max() == 1
+        if single:
+            rows = np.sort(np.random.default_rng(0).permutation(rows)[:MOST])
+        else:
+            rows = rows[j.n_ratings[rows] > 1]
         a, b = np.triu_indices(len(rows), 1)
-        wins, loses, human = higher[a, b], higher[b, a], agree[a, b] + agree[b, a]
+        wins, loses, human = (_single_odds if single else _odds)(j, rows, a, b)
         scale = (wins + loses).sum() * len(present)
         if not scale:
             raise UserError(f"the ratings of the domain {j.domain_names[d]} hold too few different "
@@ -188,3 +161,30 @@ def human_pairs(j: Judgements) -> HumanPairs:
         parts.append((rows[a], rows[b], np.full(len(a), d), *(w / scale for w in
                                                                (wins, loses, human))))
     return HumanPairs(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+# With s the sum of a snippet's n ratings and x the one drawn, the others' mean is (s - x)/(n - 1).
+# For two snippets the sign of the difference of their others' means is that of
+#
+#     (s_a - x_a)(n_b - 1) - (s_b - x_b)(n_a - 1),        exact for whole ratings
+#
+def _odds(j: Judgements, rows: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple:
+    """The odds that a rater has row a higher, or row b, and that the others agree, (P,) each."""
+    values, n = np.unique(j.ratings), j.n_ratings[rows]
+    total = j.ratings[rows].sum(1, dtype=np.float64)
+    seen = np.arange(j.ratings.shape[1]) < n[:, None]
+    odds = np.stack([((j.ratings[rows] == x) & seen).sum(1) for x in values], 1) / n[:, None]
+    higher, agree = np.zeros((2, len(rows), len(rows)))  # x_a > x_b, and the others say so
+    for u, x_a in enumerate(values):
+        for v, x_b in enumerate(values[:u]):
+            both = np.outer(odds[:, u], odds[:, v])
+            gap = np.outer(total - x_a, n - 1) - np.outer(n - 1, total - x_b)
+            higher += both
+            agree += both * (1 + np.sign(gap)) / 2
+    return higher[a, b], higher[b, a], agree[a, b] + agree[b, a]
+
+
+def _single_odds(j: Judgements, rows: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple:
+    """The same where a text has one rating: there are no others, and values may be any."""
+    x = j.ratings[rows, 0]
+    return (x[a] > x[b]).astype(float), (x[a] < x[b]).astype(float), np.full(len(a), np.nan)

@@ -200,17 +200,14 @@ class RewardModel(nn.Module):
 def learn_vocabulary(tokenizer: Tokenizer, j: Judgements, trunk) -> Vocabulary:
     """The n-grams of rated texts. A word of the lexicon is read as a text of every domain."""
     words = j.domain_names.index("lexicon") if "lexicon" in j.domain_names else -1
-    rating, y, alone = j.mean(), np.zeros(len(j.texts)), j.domains == words
-    for d in np.unique(j.domains):
-        rows = j.domains == d
-        y[rows] = (rating[rows] - rating[rows].mean()) / max(rating[rows].std(), 1e-6)
+    rating, alone = j.mean(), j.domains == words
     rows, domain = np.array([(i, d) for d in np.unique(j.domains[~alone])
                              for i in np.flatnonzero((j.domains == d) | alone)]).T
     texts = [j.texts[i] for i in rows]
     idx, mask = text_batch(tokenizer, texts, block_size=trunk.config.block_size)
     hashes, start = ngrams(texts, idx, mask, domain.tolist())
     valence = {j.texts[i]: float(rating[i]) for i in np.flatnonzero(alone)}
-    return vocabulary(hashes, start, y[rows], valence)
+    return vocabulary(hashes, start, j.standard[rows], valence)
 
 
 # Bradley & Terry 1952: P(a beats b) = sigmoid(score_a - score_b);

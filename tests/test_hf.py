@@ -191,8 +191,6 @@ def test_a_tokenizer_comes_back_from_tokenizer_json(texts, lowercase):
     """Ours, as exported, read again: the same tokens, whatever the merges were learnt from."""
     tokenizer = train_bpe(["a banana, a bandana " * 3, *texts], 300, lowercase=lowercase)
     saved = hf_tokenizer.whole(tokenizer, framed=True)
-    assert [b"".join(hf_tokenizer.halves(t, {x: i for i, x in enumerate(tokenizer.tokens)}))
-            for t in tokenizer.tokens] == list(tokenizer.tokens)
     vocab = saved["model"]["vocab"] | {t["content"]: t["id"] for t in saved["added_tokens"]}
     again = hf_tokenizer.bpe(vocab, saved["model"]["merges"], tokenizer.specials,
                              pattern=tokenizer.pattern, lowercase=lowercase)
