@@ -136,6 +136,8 @@ def read_config(folder: Path | str, *, own: bool = False) -> dict:
         if not own and "nanokl" not in config and (kind := hf.kind_of(config)):
             model, fields = hf.config_in(config, weights.header(path.parent))
             return {"hf": kind, "model": model, "config": fields}
+        if not isinstance(config["model"], str):
+            raise TypeError(config["model"])
         return {key: config[key] for key in ("nanokl", "model", "config")}
     except OSError as error:
         raise UserError(f"{folder} is no checkpoint ({CONFIG}: {error.strerror})") from None

@@ -69,7 +69,8 @@ def load_last(out: Path, model: nn.Module, optimizers, *, tokenizer) -> dict:
     checkpoint.load_weights(Path(out) / "last", model)
     state = checkpoint.load_state(Path(out) / "last")
     if load_tokenizer(Path(out) / "last").hash != tokenizer.hash:
-        raise UserError(f"{out} was trained with another tokenizer than --data's: give it its own")
+        raise UserError(f"{out} was trained with another tokenizer than --data's, or that of its "
+                        "pretrained model: give it its own")
     try:
         for optimizer, saved in zip(optimizers, state.pop("optimizers"), strict=True):
             optimizer.load_state_dict(saved)

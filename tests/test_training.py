@@ -32,7 +32,8 @@ BYTES = Tokenizer([bytes([b]) for b in range(256)])
 
 
 def make(seed=0, dropout=0.0):
-    sizes = {"vocab_size": 11, "block_size": 8, "n_layer": 1, "n_head": 2, "n_embd": 8}
+    sizes = {"vocab_size": BYTES.vocab_size, "block_size": 8, "n_layer": 1, "n_head": 2,
+             "n_embd": 8}
     return GPT(GPTConfig(**sizes, dropout=dropout), rng=torch.Generator().manual_seed(seed))
 
 
