@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanokl import UserError, checkpoint, figures, training, trunks
+from nanokl import UserError, checkpoint, figures, require_types, training, trunks
 from nanokl.data import text_batch
 from nanokl.hf_tokenizer import load_tokenizer
 from nanokl.judgements import Judgements
@@ -33,6 +33,9 @@ class ClassifierConfig:
     trunk_config: dict = field(default_factory=dict)  # the trunk's own config
     labels: list[str] = field(default_factory=list)  # the classes' names, in order
     dropout: float = 0.0  # on the pooled hidden state, in train mode only
+
+    def __post_init__(self):
+        require_types(self)
 
 
 class Classifier(nn.Module):

@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanokl import UserError, checkpoint
+from nanokl import UserError, checkpoint, require_types
 from nanokl.data import text_batch
 from nanokl.hf_tokenizer import load_tokenizer
 from nanokl.judgements import HumanPairs, Judgements
@@ -34,6 +34,9 @@ class RewardConfig:
     ngram_dropout: float = 0.0  # share of n-grams hidden, in train mode only
     n_ngrams: int = 1  # known n-grams, the unknown one included
     members: int = 1
+
+    def __post_init__(self):
+        require_types(self)
 
 
 class Member(nn.Module):

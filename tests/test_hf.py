@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from nanokl import UserError, checkpoint, hf, hf_tokenizer, weights
 from nanokl.bert import BERT, embed, fill_mask, longest_text
+from nanokl.classify import Classifier
 from nanokl.export import export
 from nanokl.gpt import GPT, PRESETS, GPTConfig
 from nanokl.hf_tokenizer import load_tokenizer
@@ -463,6 +464,12 @@ def reward_folder(folder: Path) -> Path:
     return folder
 
 
+def classifier_folder(folder: Path) -> Path:
+    m = Classifier.on(load_trunk(FIXTURES / "bert"), ["no", "yes"])
+    checkpoint.save(folder, m, tokenizer=load_tokenizer(FIXTURES / "bert"))
+    return folder
+
+
 def full_folder(folder: Path) -> Path:
     """A BERT with every small file that a sentence encoder brings."""
     shutil.copytree(FIXTURES / "bert-2018", folder)
@@ -472,7 +479,8 @@ def full_folder(folder: Path) -> Path:
     return folder
 
 
-MADE = {"own": own_folder, "reward": reward_folder, "full": full_folder}
+MADE = {"own": own_folder, "reward": reward_folder, "classifier": classifier_folder,
+        "full": full_folder}
 
 
 def a_folder(tmp_path_factory, name: str) -> Path:
@@ -486,9 +494,13 @@ def a_folder(tmp_path_factory, name: str) -> Path:
 def use(folder: Path):
     """The folder's model and tokenizer, and a text run through both."""
     tokenizer = load_tokenizer(folder)
-    if checkpoint.read_config(folder)["model"] == "RewardModel":
+    kind = checkpoint.read_config(folder)["model"]
+    if kind == "RewardModel":
         m = checkpoint.load(folder, RewardModel)
         m.score_texts(tokenizer, ["A man"])
+    elif kind == "Classifier":
+        m = checkpoint.load(folder, Classifier)
+        m.predict(tokenizer, ["A man"])
     else:
         m = load_trunk(folder).eval()
         longest_text(folder, m.config.block_size)
@@ -501,6 +513,7 @@ def use(folder: Path):
 ODD = [10**400, -(10**400), math.inf, math.nan, 1e-320, -1, 0, True, None, "", "x", "\ud800", [],
        {}, [[]], {"content": None}]
 JSONS = [("own", "config.json"), ("own", "tokenizer.nanokl.json"), ("reward", "config.json"),
+         ("classifier", "config.json"),
          ("reward", "tokenizer_config.json"), ("gpt2", "config.json"), ("gpt2", "vocab.json"),
          ("gpt2-untied", "tokenizer.json"), ("gpt2-untied", "model.safetensors.index.json"),
          ("bert", "config.json"), ("bert", "tokenizer.json"), ("full", "tokenizer_config.json"),
@@ -526,7 +539,7 @@ def test_odd_values_are_an_error_or_are_used(tmp_path_factory, name, file, data)
     container, key = found[data.draw(st.integers(0, len(found) - 1))]
     container[key] = data.draw(st.sampled_from(ODD))
     (folder / file).write_text(json.dumps(saved))
-    if name in ("own", "reward"):  # as if somebody had written it, who keeps no hashes
+    if name in ("own", "reward", "classifier"):  # somebody else keeps no hashes
         tensors(lambda t: None)(folder)
     try:
         use(folder)
