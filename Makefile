@@ -60,15 +60,15 @@ help: ## 0    this list
 
 setup: $(VENV) ## 0.5  .venv with the pinned packages
 
-test: $(VENV) ## 4.2  all tests
+test: $(VENV) ## 4.8  all tests
 	$(PY) -m pytest
 
 lint: $(VENV) ## 0.1  ruff
 	$(PY) -m ruff check .
 
-check: lint test ## 4.3  what CI runs: lint and test
+check: lint test ## 4.9  what CI runs: lint and test
 
-demo: $(VENV) ## 8.3  the whole story, from data to report, in runs/demo (replaced)
+demo: $(VENV) ## 8.4  the whole story, from data to report, in runs/demo (replaced)
 	rm -rf runs/demo && mkdir -p runs/demo && date +%s > runs/demo/started
 	$(MAKE) --no-print-directory report RUN=runs/demo BUDGET=$(BUDGET:main=demo)
 
@@ -108,7 +108,7 @@ $(RUN)/minilm/summary.json: | $(RUN)/gpt/summary.json $(MINILM)/config.json
 
 # the same texts in three classes, on three trunks
 CLASSES := --objective classes --steps 600 --eval_every 50 --group_size 32 --dropout 0.1
-classes: $(RUN)/classes/bert/summary.json $(RUN)/classes/gpt/summary.json $(RUN)/classes/minilm/summary.json ## 20   fine-tuning BERT, GPT and MiniLM side by side
+classes: $(RUN)/classes/bert/summary.json $(RUN)/classes/gpt/summary.json $(RUN)/classes/minilm/summary.json ## 15   fine-tuning BERT, GPT and MiniLM side by side
 $(RUN)/classes/minilm/summary.json: | $(DATA)/meta.json $(MINILM)/config.json
 	$(PY) train_rlhf.py reward --data $(DATA) --init $(MINILM) --out $(RUN)/classes/minilm $(if $(filter tiny,$(BUDGET)),$(REWARD_tiny) --objective classes,$(CLASSES) --muon_lr 0 --trunk_lr 0.05) $(call go_on,classes/minilm)
 $(RUN)/classes/%/summary.json: | $(RUN)/gpt/summary.json $(RUN)/bert/summary.json
@@ -159,7 +159,7 @@ bench: $(VENV) .venv/peers/ready .venv/peers-ppo/ready data/shakespeare/meta.jso
 	for suite in $(SUITES); do $(PY) -m nanokl bench $$suite $(BENCH) || exit; done
 
 # tests/fixtures keep what transformers computes for machines that have none
-parity: .venv/parity/ready $(MINILM)/config.json ## 1.5  the same numbers as transformers'; tests/fixtures made anew
+parity: .venv/parity/ready $(MINILM)/config.json ## 1.4  the same numbers as transformers'; tests/fixtures made anew
 	.venv/parity/bin/python tests/make_fixtures.py
 	.venv/parity/bin/python -m pytest tests/test_parity.py tests/test_hf.py
 
