@@ -1,13 +1,12 @@
 """The report of a run: figures, one self-contained HTML page, and the merged summary.
 
 Reads RUN/{gpt,bert,reward,ppo}/{summary.json,metrics.jsonl,flags.json}, RUN/ppo/samples.jsonl and
-the summaries of other policies, RUN/ppo-* and RUN/trainers/*: files only, no model. A policy's
-posterior.json, often of more texts, stands for what its summary says of the posterior. The page has
-no script and loads nothing; it reads on a phone, in dark mode and on paper (report.css).
+summaries of other policies, RUN/ppo-* and RUN/trainers/*, and heads, RUN/minilm and RUN/classes/*:
+files only, no model. A policy's posterior.json, often of more texts, stands for what its summary
+says of it. The page has no script, loads nothing, and reads on a phone, in the dark and on paper.
 """
 
 import json
-import math
 import shlex
 from collections import defaultdict
 from collections.abc import Sequence
@@ -66,6 +65,9 @@ FIGURES = [
     ("reward", "reward_loss", "Reward model loss", "nats per pair",
      "Bradley-Terry on comparisons by single raters; a coin has 0.69.",
      fig.curves, {"loss_nats_per_pair": "training", "val_nats_per_pair": "validation"}),
+    ("reward", "rating_loss", "Rating loss", "sd of the ratings, squared",
+     "Where the mean rating of each text is what is learnt; always guessing the mean has 1.",
+     fig.curves, {"loss_sd2_per_text": "training"}),
     ("ppo", "posterior", "From prior to posterior", "objective, sd of the reference's scores",
      "The gap that is left to the posterior's beta log Z is beta KL(policy || posterior). A band "
      "is what is not known of log Z. Where too few texts have all the weight there is none, and "
@@ -90,8 +92,6 @@ FIGURES = [
      "Uncertainty about the next token; at 0 the policy says only one thing.",
      fig.curves, {"entropy_nats_per_token": "policy"}),
 ]  # fmt: skip
-
-
 WORDS = """<p>The pretrained model is a prior over texts. A score r is evidence: at the price beta
 it makes a text exp(r / beta) times as likely, and the prior reweighed so is the posterior, which
 nobody can sample from directly. Training comes near it: the objective is largest there, and less by
@@ -161,6 +161,12 @@ def number(value: float | None, spec: str = ".3f", se: float | None = None) -> s
     return text if se is None else f"{text} ± {se:{spec}}"
 
 
+def minutes(summary: dict) -> str:
+    """How long a run took, as text."""
+    seconds = summary.get("wall_seconds")
+    return number(None if seconds is None else seconds / 60, ".1f")
+
+
 def typeset(text: str) -> str:
     """A text of a program with the signs that print has and a keyboard has not."""
     for plain, sign in ((">=", "≥"), ("<=", "≤"), ("+-", "±"), ("-", "−")):
@@ -204,6 +210,20 @@ def agreement(summary: dict) -> str:
     return out
 
 
+def heads(run: Path) -> str:
+    """What other heads know of the test texts: RUN/minilm and RUN/classes/*."""
+    rows = []
+    for folder in (run / "minilm", *sorted((run / "classes").glob("*/"))):
+        s, _, flags = read_stage(folder)
+        if s:
+            rows.append([folder.relative_to(run).as_posix(), str(flags.get("init", "–")),
+                         str(s.get("objective", "–")),
+                         *(number(s.get(key), ".3f", s.get(f"{key}_se"))
+                           for key in ("pair_accuracy", "accuracy", "macro_f1")), minutes(s)])
+    head = ["run", "trunk", "learns", "pair accuracy", "accuracy", "macro-F1", "minutes"]
+    return f"<h2>Other heads</h2>{table('numbers', head, rows)}" if rows else ""
+
+
 def policies(run: Path) -> list[tuple[str, dict]]:
     """Names and summaries of the trained policies: ppo, ppo-*, trainers/*, all in RUN."""
     folders = [run / "ppo", *sorted(run.glob("ppo-*/")), *sorted((run / "trainers").glob("*/"))]
@@ -216,8 +236,7 @@ def ways(named: list[tuple[str, dict]]) -> str:
     rows = []
     for name, s in sorted(named, key=lambda x: (x[1].get("beta") or 0, -x[1]["objective"])):
         gap, fraction = map(typeset, bayes.told(s.get("posterior") or {}))
-        rows.append([name, number(s.get("beta"), "g"), number(s.get("episodes"), ","),
-                     number((s.get("wall_seconds") or math.nan) / 60, ".1f"),
+        rows.append([name, number(s.get("beta"), "g"), number(s.get("episodes"), ","), minutes(s),
                      *(number(s.get(key), ".2f", s.get(f"{key}_se"))
                        for key in ("reward_mean", "kl_nats_per_sequence", "objective")),
                      gap, fraction])
@@ -251,7 +270,7 @@ def write_report(run: Path) -> Path:
         sections[STAGES[name][1]] += fig.draw(run / "figures", seen, stages[name].rows, *spec)
     sections[STAGES["reward"][1]] += agreement(stages["reward"].summary)
     body = "".join(f'<h2>{heading}</h2><div class="figures">{items}</div>\n'
-                   for heading, items in sections.items() if items) + ways(named)
+                   for heading, items in sections.items() if items) + heads(run) + ways(named)
     merged = merge(run, stages)
     write_json(run / "summary.json", merged)
     write_text(run / "report.html", page(run, stages, merged["wall_seconds"], body))

@@ -410,6 +410,27 @@ def test_other_policies_stand_beside_it(tmp_path):
     assert page.count("trainers/rloo-0.4") >= 2  # in the table, and in the figure
 
 
+def test_other_heads_stand_in_a_table_and_ratings_have_their_own_loss(tmp_path):
+    run = fake(tmp_path / "run", "reward")
+    log = [{"step": k, "loss_sd2_per_text": 1 / k, "val_nats_per_pair": 0.6} for k in range(1, 9)]
+    text = "".join(json.dumps(row) + "\n" for row in log)
+    (run / "reward" / "metrics.jsonl").write_text(text)
+    seen = {"minilm": {"objective": "rating", "pair_accuracy": 0.8123, "pair_accuracy_se": 0.004},
+            "classes/gpt": {"objective": "classes", "accuracy": 0.6928, "accuracy_se": 0.0095,
+                            "macro_f1": 0.6567, "wall_seconds": 132.0}}
+    for name, summary in seen.items():
+        (run / name).mkdir(parents=True)
+        (run / name / "summary.json").write_text(json.dumps(summary))
+        (run / name / "flags.json").write_text(json.dumps({"init": f"the/{EVIL}"}))
+    page = write_report(run).read_text("utf-8")
+    cells = re.findall(r"<tr>(.*?)</tr>", page.split("<h2>Other heads</h2>")[1], re.DOTALL)[1:3]
+    rows = [[html.unescape(c) for c in re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL)]
+            for row in cells]
+    assert rows[0][2:] == ["rating", "0.812 ± 0.004", "–", "–", "–"]
+    assert rows[1][2:] == ["classes", "–", "0.693 ± 0.009", "0.657", "2.2"]
+    assert (run / "figures" / "rating_loss.png").is_file()
+
+
 def test_proxy_and_gold_are_drawn_where_there_is_a_gold(tmp_path):
     fake(tmp_path, "ppo")
     write_report(tmp_path)
