@@ -99,10 +99,10 @@ $(RUN)/ppo-0.4/summary.json: | $(RUN)/reward/summary.json
 
 # others' encoder in the place of ours
 MINILM := data/minilm/model
-REWARD_minilm := --objective rating --members 2 --steps 1000 --eval_every 100 --patience 20 --muon_lr 0 --trunk_lr 0.05
+REWARD_minilm := --objective rating --members 4 --steps 500 --eval_every 100 --dropout 0 --muon_lr 0 --trunk_lr 0.05
 $(MINILM)/config.json: | $(VENV)
 	$(PY) data/minilm/prepare.py
-minilm: $(RUN)/minilm/summary.json ## 38   reward model on all-MiniLM-L6-v2, with what it needs
+minilm: $(RUN)/minilm/summary.json ## 29   reward model on all-MiniLM-L6-v2, with what it needs
 $(RUN)/minilm/summary.json: | $(RUN)/gpt/summary.json $(MINILM)/config.json
 	$(PY) train_rlhf.py reward --data $(DATA) --init $(MINILM) --policy $(RUN)/gpt --out $(RUN)/minilm $(if $(filter tiny,$(BUDGET)),$(REWARD_tiny),$(REWARD_minilm)) $(call go_on,minilm)
 
