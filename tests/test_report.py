@@ -426,6 +426,7 @@ def test_other_heads_stand_in_a_table_and_ratings_have_their_own_loss(tmp_path):
     cells = re.findall(r"<tr>(.*?)</tr>", page.split("<h2>Other heads</h2>")[1], re.DOTALL)[1:3]
     rows = [[html.unescape(c) for c in re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL)]
             for row in cells]
+    assert [row[0] for row in rows] == list(seen) and "<script>" not in page
     assert rows[0][2:] == ["rating", "0.812 ± 0.004", "–", "–", "–"]
     assert rows[1][2:] == ["classes", "–", "0.693 ± 0.009", "0.657", "2.2"]
     assert (run / "figures" / "rating_loss.png").is_file()
