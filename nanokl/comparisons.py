@@ -42,14 +42,15 @@ class RewardTask:
             training.freeze(member.trunk, flags.freeze)
             member.trunk.wse.requires_grad_(True)  # of the domains, and new
 
-    def _groups(self, step: int):
+    def _groups(self, step: int, member: int):
         """This process's batch for a member; rows (G, K); wins, valid (G, K, K); all valid ones."""
         flags, j = self.flags, self.train
         rows, wins, valid = judgements.comparison_groups(
-            j, step, n_groups=flags.n_groups, group_size=flags.group_size, seed=flags.seed)
+            j, step, n_groups=flags.n_groups, group_size=flags.group_size, seed=flags.seed,
+            member=member)
         total = valid.sum()
         domain = torch.from_numpy(j.domains)[rows]  # (G, K)
-        rng = generator(flags.seed, "words", step)
+        rng = generator(flags.seed, "words", step, member)
         if "lexicon" in j.domain_names:  # a word is read as if it stood in a snippet of any domain
             words = j.domain_names.index("lexicon")
             other = torch.randint(words, rows.shape, generator=rng)
@@ -69,8 +70,8 @@ class RewardTask:
 
         A mean over all processes; of both margins of each member, apart.
         """
-        n, flags = self.flags.members, self.flags
-        parts = [self._groups(n * step + k) for k in range(n)]
+        flags = self.flags
+        parts = [self._groups(step, k) for k in range(flags.members)]
         batches, rows, wins, valid, total = zip(*parts, strict=True)
         with self.runtime.autocast():
             margins = model(*batches)  # (members, GK, 2)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nanokl import UserError
 from nanokl.labelled import as_number, read_labelled
@@ -97,22 +98,42 @@ def _one_rating(j: Judgements, rows: np.ndarray, rng: torch.Generator):
     return j.ratings[rows, (u * j.n_ratings[rows]).astype(np.int64)]
 
 
-def comparison_groups(j: Judgements, step: int, *, n_groups: int, group_size: int, seed: int):
+def _which_groups(sizes: Tensor, first: int, n: int, u: float) -> tuple[Tensor, Tensor]:
+    """Of the groups first, ..., first + n - 1: domain, and how many came before it there, (n,).
+
+    Domains of `sizes` snippets take turns, by steps of the golden ratio from u on: at any time each
+    has had its share, that of its size's square root, to a group or so.
+    """
+    turn = (u + torch.arange(first + n, dtype=torch.float64) * (5**0.5 - 1) / 2) % 1
+    ends = sizes.double().sqrt().cumsum(0)
+    domain = torch.searchsorted(ends[:-1] / ends[-1], turn, right=True)  # (first + n,)
+    before = torch.nn.functional.one_hot(domain, len(sizes)).cumsum(0).gather(1, domain[:, None])
+    return domain[first:], before[first:, 0] - 1
+
+
+def comparison_groups(j: Judgements, step: int, *, n_groups: int, group_size: int, seed: int,
+                      member: int = 0):
     """Training comparisons: rows (G, K) int64, wins (G, K, K) float32, valid (G, K, K) bool.
 
-    A group is K different snippets of one domain, which is drawn with odds of the square root of
-    its size, between equal snippets and equal domains. Each pair a < b compares one fresh rating
-    of a with one of b: wins[a, b] is 1 where a is higher, valid is False for ties and elsewhere.
+    A group is K different snippets of one domain, each of which comes once before any comes again,
+    but for the rest that makes no group. A domain's share is between equal snippets and equal
+    domains. Each pair a < b compares one fresh rating of a with one of b: wins[a, b] is 1 where a
+    is higher, valid is False for ties and elsewhere. Each member has an order of its own.
     """
     counts = torch.from_numpy(np.bincount(j.domains))
     smallest = int(counts[counts > 0].min())
     if n_groups < 1 or not 2 <= group_size <= smallest:
         raise UserError(f"n_groups is {n_groups} and group_size {group_size}: give at least 1, and "
                         f"2 to {smallest} (the snippets of the smallest domain)")
-    rng = generator(seed, "groups", step)
-    drawn = torch.multinomial(counts.sqrt(), n_groups, replacement=True, generator=rng)
-    domains = [np.flatnonzero(j.domains == int(d)) for d in drawn]
-    rows = np.stack([d[torch.randperm(len(d), generator=rng)[:group_size]] for d in domains])
+    u = torch.rand((), generator=generator(seed, "domains", member)).item()
+    rows = []
+    for d, before in zip(*_which_groups(counts, step * n_groups, n_groups, u), strict=True):
+        of_domain = np.flatnonzero(j.domains == int(d))
+        epoch, place = divmod(int(before), len(of_domain) // group_size)
+        order = torch.randperm(len(of_domain),
+                               generator=generator(seed, "order", member, int(d), epoch))
+        rows.append(of_domain[order[place * group_size :][:group_size].numpy()])
+    rows, rng = np.stack(rows), generator(seed, "groups", step, member)
     square = (n_groups, group_size, group_size)
     rating_a = _one_rating(j, np.broadcast_to(rows[:, :, None], square), rng)
     rating_b = _one_rating(j, np.broadcast_to(rows[:, None, :], square), rng)

@@ -44,20 +44,42 @@ def mean(x: Tensor, mask: Tensor) -> Tensor:
     return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
+def shared_rows(length: list[int], T: int) -> list[int]:
+    """Where each text of so many tokens starts, in rows of T tokens laid end to end.
+
+    A row has several texts. The longest first, each in the first row with room (Johnson 1973).
+    """
+    room, start = [], [0] * len(length)
+    for i in sorted(range(len(length)), key=lambda i: -length[i]):
+        row = next((r for r, left in enumerate(room) if left >= length[i]), len(room))
+        if row == len(room):
+            room.append(T)
+        start[i] = (row + 1) * T - room[row]
+        room[row] -= length[i]
+    return start
+
+
 def pooled(trunk: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
     """(B, C) of texts, padded on the right, from their blocks' input x (B, T, C).
 
     The mean over an encoder's real tokens, or a causal model's last one, which alone has seen the
-    whole text. In four parts by length, for of texts as they come two thirds would be padding.
+    whole text. Texts share rows, each sees itself alone: of texts as they come two thirds would be
+    padding (Krell et al., arXiv:2107.02027).
     """
-    length = mask.sum(1)
-    order, parts = length.argsort(stable=True), []
-    for rows in order.chunk(4):
-        T = int(length[rows[-1]])
-        h = trunk.encode(x[rows, :T], mask[rows, :T])
-        last = h[torch.arange(len(rows), device=h.device), length[rows] - 1]
-        parts.append(last if trunk.config.causal else mean(h, mask[rows, :T]))
-    return torch.cat(parts)[order.argsort()]
+    (B, T, C), length = x.shape, mask.sum(1)
+    start = torch.tensor(shared_rows(length.tolist(), T), device=x.device)
+    slots = -int(start.max() + 1) // T * -T
+    real = mask.flatten().nonzero()[:, 0]  # (N,) tokens among the padded ones
+    text, place = real // T, real % T
+    slot = start[text] + place  # (N,)
+    owner = torch.full((slots,), -1, device=x.device).index_copy(0, slot, text).view(-1, T)
+    rows = x.new_zeros(slots, C).index_copy(0, slot, x.flatten(0, 1).index_select(0, real))
+    h = trunk.encode(rows.view(-1, T, C), owner[:, :, None] == owner[:, None, :])
+    h = h.flatten(0, 1)
+    if trunk.config.causal:
+        return h.index_select(0, start + length - 1)
+    total = h.new_zeros(B, C, dtype=torch.float32)
+    return total.index_add(0, text, h.index_select(0, slot).float()) / length[:, None]
 
 
 def hide_tokens(tokenizer, idx: Tensor, hide: Tensor) -> None:

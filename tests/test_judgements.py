@@ -59,19 +59,33 @@ def test_load_complains(tmp_path):
 
 
 def test_groups_are_of_one_domain_and_of_different_snippets(tmp_path):
-    """Domains of 12 and 3 snippets are drawn 2 to 1, the square root of 4 to 1.
-
-    Of 6,000 groups the first has 4,000 +- 36.5; beyond 5.5 sd once in 26 million runs.
-    """
+    """Domains of 12 and 3 snippets take turns 2 to 1, the square root of 4 to 1."""
     rng = np.random.default_rng(0)
     by_domain = {d: rng.integers(-4, 5, (n, 3)).tolist() for d, n in [("a", 12), ("b", 3)]}
     j = judgements(tmp_path, by_domain)
     rows = comparison_groups(j, 0, n_groups=6000, group_size=3, seed=7)[0].numpy()
     assert (j.domains[rows] == j.domains[rows[:, :1]]).all()
     assert all(len(set(row)) == 3 for row in rows.tolist())
-    assert abs((j.domains[rows[:, 0]] == 0).sum() - 4000) < 5.5 * 36.5
-    drawn = np.bincount(rows[j.domains[rows[:, 0]] == 0].ravel(), minlength=12)
-    assert drawn.min() > 0.8 * drawn.mean()  # every snippet has its turn: 1,000 +- 28 each
+    share = (j.domains[rows[:, 0]] == 0).cumsum() - 2 / 3 * np.arange(1, 6001)
+    assert np.abs(share).max() < 3  # at any time
+
+
+def test_no_snippet_comes_again_before_the_others_have_come(tmp_path):
+    """Of 7 snippets three groups of 2 leave one out, each in turn: 1/7 of 2,000 epochs, +- 15.6.
+
+    One of seven is 5.5 sd off once in 4 million runs.
+    """
+    j = judgements(tmp_path, {"film": [[i, i + 1] for i in range(7)]})
+    rows = comparison_groups(j, 0, n_groups=6000, group_size=2, seed=7)[0].numpy()
+    epochs = rows.reshape(2000, 6)
+    assert all(len(set(epoch)) == 6 for epoch in epochs.tolist())
+    left_out = 2000 - np.bincount(epochs.ravel())
+    assert np.abs(left_out - 2000 / 7).max() < 5.5 * 15.6
+    # one stream, however many groups a step takes of it; another one for each member
+    later = comparison_groups(j, 3, n_groups=50, group_size=2, seed=7)[0].numpy()
+    np.testing.assert_array_equal(later, rows[150:200])
+    other = comparison_groups(j, 3, n_groups=50, group_size=2, seed=7, member=1)[0].numpy()
+    assert (other != later).mean() > 0.5
 
 
 def test_groups_are_functions_of_seed_and_step(tmp_path):

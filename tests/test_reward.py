@@ -26,6 +26,7 @@ from nanokl.reward import (
 )
 from nanokl.runtime import Runtime, generator
 from nanokl.tokenizer import Tokenizer
+from nanokl.trunks import shared_rows
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 BYTES = Tokenizer([bytes([b]) for b in range(256)])  # no merges: a token a byte
@@ -190,6 +191,18 @@ def test_score_is_of_the_real_tokens_only(cls):
     torch.testing.assert_close(junk, score, rtol=0, atol=1e-6)
     other = model((idx, mask, torch.zeros_like(DOMAINS), *rest))[0, :, 0]
     assert score.std() > 0.1 and torch.equal(other != score, DOMAINS > 0)
+
+
+@MANY
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=40))
+def test_texts_share_rows_without_meeting(length):
+    """Nothing overlaps or crosses a row's end, and no two rows would fit into one."""
+    T = max(length)
+    taken = [set(range(at, at + n)) for at, n in zip(shared_rows(length, T), length, strict=True)]
+    slots = set().union(*taken)
+    assert len(slots) == sum(length) and all(min(t) // T == max(t) // T for t in taken)
+    used = np.bincount([slot // T for slot in slots])
+    assert len(used) == 1 or np.sort(used)[:2].sum() > T
 
 
 def test_hidden_tokens_are_masks_to_the_encoder_alone():
