@@ -78,6 +78,8 @@ class WordPiece:
     def normalise(self, text: str) -> str:
         """The text as pieces see it."""
         text = "".join(map(clean, text))
+        if text.isascii():  # neither Chinese nor accents
+            return lower(text) if self.lowercase else text
         if self.spaced_cjk:
             text = "".join(f" {c} " if is_cjk(c) else c for c in text)
         if self.strip_accents:
