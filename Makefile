@@ -99,7 +99,7 @@ $(RUN)/ppo-0.4/summary.json: | $(RUN)/reward/summary.json
 
 # others' encoder in the place of ours
 MINILM := data/minilm/model
-REWARD_minilm := --objective rating --freeze 2 --members 4 --steps 600 --eval_every 100 --dropout 0 --muon_lr 0 --trunk_lr 0.05
+REWARD_minilm := --objective rating --freeze 2 --members 4 --steps 400 --eval_every 100 --dropout 0 --muon_lr 0 --trunk_lr 0.05
 $(MINILM)/config.json: | $(VENV)
 	$(PY) data/minilm/prepare.py
 minilm: $(RUN)/minilm/summary.json ## 29   reward model on all-MiniLM-L6-v2, with what it needs
