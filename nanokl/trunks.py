@@ -68,14 +68,14 @@ def pooled(trunk: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
     """
     (B, T, C), length = x.shape, mask.sum(1)
     start = torch.tensor(shared_rows(length.tolist(), T), device=x.device)
-    slots = -int(start.max() + 1) // T * -T
+    slots = -int(start.max() + 1) // T * -T  # of whole rows
     real = mask.flatten().nonzero()[:, 0]  # (N,) tokens among the padded ones
     text, place = real // T, real % T
     slot = start[text] + place  # (N,)
+    # empty slots are the text -1's: a row of attention that sees nothing would be NaN
     owner = torch.full((slots,), -1, device=x.device).index_copy(0, slot, text).view(-1, T)
     rows = x.new_zeros(slots, C).index_copy(0, slot, x.flatten(0, 1).index_select(0, real))
-    h = trunk.encode(rows.view(-1, T, C), owner[:, :, None] == owner[:, None, :])
-    h = h.flatten(0, 1)
+    h = trunk.encode(rows.view(-1, T, C), owner[:, :, None] == owner[:, None, :]).flatten(0, 1)
     if trunk.config.causal:
         return h.index_select(0, start + length - 1)
     total = h.new_zeros(B, C, dtype=torch.float32)
