@@ -102,7 +102,7 @@ MINILM := data/minilm/model
 REWARD_minilm := --objective rating --freeze 2 --members 4 --steps 400 --eval_every 100 --dropout 0 --muon_lr 0 --trunk_lr 0.05
 $(MINILM)/config.json: | $(VENV)
 	$(PY) data/minilm/prepare.py
-minilm: $(RUN)/minilm/summary.json ## 29   reward model on all-MiniLM-L6-v2, with what it needs
+minilm: $(RUN)/minilm/summary.json ## 28   reward model on all-MiniLM-L6-v2, with what it needs
 $(RUN)/minilm/summary.json: | $(RUN)/gpt/summary.json $(MINILM)/config.json
 	$(PY) train_rlhf.py reward --data $(DATA) --init $(MINILM) --policy $(RUN)/gpt --out $(RUN)/minilm $(if $(filter tiny,$(BUDGET)),$(REWARD_tiny),$(REWARD_minilm)) $(call go_on,minilm)
 
