@@ -102,7 +102,7 @@ def _which_groups(sizes: Tensor, first: int, n: int, u: float) -> tuple[Tensor, 
     """Of the groups first, ..., first + n - 1: domain, and how many came before it there, (n,).
 
     Domains of `sizes` snippets take turns, by steps of the golden ratio from u on: at any time each
-    has had its share, that of its size's square root, to a group or so.
+    has had its share, that of its size's square root, to a few groups.
     """
     turn = (u + torch.arange(first + n, dtype=torch.float64) * (5**0.5 - 1) / 2) % 1
     ends = sizes.double().sqrt().cumsum(0)

@@ -253,8 +253,7 @@ class Transformer(nn.Module):
             return cache.slots <= cache.pos  # (W,)
         pos = cache.pos if cache is not None else 0
         if mask is not None:
-            # padded keys are invisible; so are other texts of a row
-            mask = mask[:, None, None, :] if mask.dim() == 2 else mask[:, None]
+            mask = mask[:, None, None, :] if mask.dim() == 2 else mask[:, None]  # unseen keys
         if self.config.causal and (mask is not None or (pos and T > 1)):  # offset diagonal
             past = torch.ones(T, pos + T, dtype=torch.bool, device=self.wte.weight.device).tril(pos)
             if mask is None:
@@ -277,10 +276,7 @@ class Transformer(nn.Module):
 
     def encode(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None,
                at: slice | Tensor | None = None) -> Tensor:
-        """What the blocks make of the output x (B, T, C) of `embed`: hidden states (B, T, C).
-
-        mask: (B, T), as in `forward`, or (B, T, T): which tokens (last) each one sees.
-        """
+        """Hidden states (B, T, C) of `embed`'s x (B, T, C); mask (B, T), or (B, T, T) by query."""
         at = slice(x.shape[1]) if at is None else at
         rotary = self.rotary[at] if self.config.position == "rotary" else None
         attention_mask = self._attention_mask(mask, x.shape[1], cache)
