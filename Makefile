@@ -47,7 +47,7 @@ PPO ?= $(PPO_$(BUDGET))
 go_on = $(if $(wildcard $(RUN)/$(1)/last/state.pt),--resume)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint check demo data pretrain bert reward minilm classes rlhf trainers overoptimisation report results bench parity clean
+.PHONY: help setup test lint check demo data pretrain bert vae reward minilm classes rlhf trainers overoptimisation report results bench parity clean
 
 help: ## 0    this list
 	@echo "Minutes on a 2-core x86-64 CPU with AMX, 2026-11, after setup; a stage with what it needs:"
@@ -96,6 +96,19 @@ $(RUN)/ppo/summary.json: | $(RUN)/reward/summary.json
 	$(call train_ppo,ppo) $(PPO)
 $(RUN)/ppo-0.4/summary.json: | $(RUN)/reward/summary.json
 	$(call train_ppo,ppo-0.4) $(PPO_0.4)
+
+# latent variables: the plain language model of the same size, the VAE, and the same without what
+# keeps it from collapse
+VAE_tiny := --steps 20 --eval_every 10 --n_layer 2 --iwae_samples 2
+train_vae = $(PY) train_pretrain.py vae --data $(DATA) --out $(RUN)/vae/$(1) $(VAE_$(BUDGET)) $(call go_on,vae/$(1))
+vae: $(RUN)/vae/latent/summary.json $(RUN)/vae/collapsed/summary.json ## 15   VAE language model, beside one without z and one that collapses
+	$(PY) -m nanokl report $(RUN)
+$(RUN)/vae/plain/summary.json: | $(DATA)/meta.json
+	$(call train_vae,plain) --n_latent 0 --word_dropout 0
+$(RUN)/vae/latent/summary.json: | $(RUN)/vae/plain/summary.json
+	$(call train_vae,latent) --lm $(RUN)/vae/plain
+$(RUN)/vae/collapsed/summary.json: | $(RUN)/vae/plain/summary.json
+	$(call train_vae,collapsed) --lm $(RUN)/vae/plain --free_bits 0 --kl_warmup 0 --word_dropout 0
 
 # others' encoder in the place of ours
 MINILM := data/minilm/model

@@ -1,7 +1,8 @@
-"""Pretrain a GPT (next token) or a BERT-style encoder (masked token) on a prepared corpus.
+"""Pretrain a GPT (next token), a BERT-style encoder (masked token) or a VAE on a prepared corpus.
 
     python train_pretrain.py gpt  --data data/hutto --out runs/gpt
     python train_pretrain.py bert --data data/hutto --out runs/bert
+    python train_pretrain.py vae  --data data/hutto --out runs/vae
     torchrun --nproc_per_node 2 train_pretrain.py gpt --data data/hutto --out runs/gpt
 
 The batch of a step is a function of (seed, step) alone, so a resumed run is the same run.
@@ -10,6 +11,7 @@ The batch of a step is a function of (seed, step) alone, so a resumed run is the
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -19,16 +21,19 @@ from nanokl import (
     checkpoint,
     data,
     gpt,
+    latent,
     metrics,
     optim,
     require_positive,
     throughput,
     training,
+    vae,
 )
 from nanokl import runtime as rt
 from nanokl.logprob import linear_logprob
 from nanokl.ngram_embedding import frequent_ngrams
 from nanokl.tokenizer import Tokenizer
+from nanokl.trunks import hide_tokens
 
 
 @dataclass
@@ -90,6 +95,30 @@ class BERTFlags(Pretrain):
         super().__post_init__()
         if not 0 < self.mask_prob < 1:
             raise UserError(f"--mask_prob is {self.mask_prob}: give 0 < mask_prob < 1")
+
+
+@dataclass
+class VAEFlags(Pretrain):
+    """Numbers first, then the text: the evidence lower bound."""
+
+    steps: int = 1200
+    dropout: float = 0.1
+    arch: Literal["transformer", "lstm"] = "transformer"  # of encoder and decoder
+    n_latent: int = 32  # numbers a text is drawn as; 0: the plain language model on the same rows
+    encoder_layers: int = 2
+    free_bits: float = 0.12  # nats that each of those numbers may cost for nothing
+    kl_warmup: float = 0.3  # part of the run in which the KL's weight grows from 0 to 1
+    word_dropout: float = 0.0  # share of tokens that the decoder does not see, in training only
+    iwae_samples: int = 32  # of z for each test text, in the final bound
+    lm: Path | None = None  # a run with --n_latent 0, to stand beside this one on the test texts
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_positive(self, "iwae_samples")
+        shares = (self.kl_warmup, self.word_dropout, self.free_bits)
+        if not (0 <= shares[0] <= 1 and 0 <= shares[1] < 1 and 0 <= shares[2] < math.inf):
+            raise UserError("kl_warmup is {}, word_dropout {}, free_bits {}: give 0 to 1, 0 to "
+                            "below 1, and 0 or more".format(*shares))
 
 
 class GPTTask:
@@ -171,11 +200,63 @@ class BERTTask:
         return {"mlm_nats_per_token": nats / n, "mlm_accuracy": right / n}
 
 
+class VAETask:
+    """E_q [-log p(text | z)] + weight KL(q(z | text) || p(z)), in nats a token; rows are texts."""
+
+    best_metric = "val_iwae_nll_nats_per_sequence"
+    model, presets = vae.VAE, vae.VAE.presets
+
+    def __init__(self, flags: VAEFlags, tokenizer: Tokenizer, runtime: rt.Runtime):
+        self.flags, self.runtime, self.tokenizer = flags, runtime, tokenizer
+        self.train, self.val, self.test = (
+            data.Shard.open(flags.data / f"{split}.bin", tokenizer)
+            for split in ("train", "val", "test" if (flags.data / "test.bin").exists() else "val"))
+        self.lm = flags.lm and vae.VAE.from_pretrained(checkpoint.resolve(flags.lm)).eval()
+        if self.lm and self.lm.config.n_latent:
+            raise UserError(f"--lm {flags.lm} is a VAE: give a run with --n_latent 0")
+
+    def batch(self, step: int) -> tuple[tuple, torch.Tensor, int]:
+        """idx, mask, what the decoder sees, all (B, T), noise (B, Z) and the KL's weight."""
+        f, rng = self.flags, rt.generator(self.flags.seed, "vae", step)
+        idx, mask = data.document_batch(self.train, step, batch_size=f.batch_size,
+                                        block_size=f.block_size, seed=f.seed)
+        hide = torch.rand(idx.shape, generator=rng) < f.word_dropout
+        shown = idx.clone()
+        hide_tokens(self.tokenizer, shown, hide)
+        noise = torch.randn(f.batch_size, f.n_latent, generator=rng)
+        weight = min(1.0, (step + 1) / max(f.kl_warmup * f.steps, 1))
+        return (idx, mask, shown, noise, weight), mask.sum(1) - 1, int(mask[:, 1:].sum())
+
+    def loss(self, model, core, batch: tuple) -> torch.Tensor:
+        (*tensors, weight), r = batch, self.runtime
+        idx, mask, shown, noise = (r.shard(x).to(r.device) for x in tensors)
+        h, mu, logvar = model(idx, mask, shown, noise)
+        nll = -linear_logprob(h, core.head.weight, idx[:, 1:], mask=mask[:, 1:]).logp.sum(1)
+        loss, _ = vae.negative_elbo(nll, vae.gaussian_kl(mu, logvar), weight=weight, mean=r.mean,
+                                    free_bits=self.flags.free_bits)
+        return loss * (len(batch[0]) / batch[1][:, 1:].sum())
+
+    def evaluate(self, core) -> dict:
+        """Bound, reconstruction and KL of the validation texts."""
+        numbers, _ = latent.account(core, self.val, samples=4, whole=False)
+        return {f"val_{name}": x for name, x in numbers.items()}
+
+    def final(self, core) -> dict:
+        """All that is said of the test texts; beside the plain language model's bound of each."""
+        numbers, bound = latent.account(core, self.test, samples=self.flags.iwae_samples)
+        if self.lm:
+            _, plain = latent.account(self.lm.to(self.runtime.device), self.test, samples=1)
+            numbers |= latent.beside(bound, plain)
+        return numbers
+
+
 def build(flags: Pretrain, task, tokenizer: Tokenizer, runtime: rt.Runtime):
     """The fresh model and its optimisers."""
     if flags.preset not in task.presets:
         raise UserError(f"--preset is {flags.preset!r}: give one of {', '.join(task.presets)}")
-    ngrams, switches = [], {**task.presets[flags.preset]}
+    own = {name: getattr(flags, name) for name in ("arch", "n_latent", "encoder_layers")
+           if hasattr(flags, name)}
+    ngrams, switches = [], {**task.presets[flags.preset], **own}
     if getattr(flags, "ngrams", 0):
         ngrams = frequent_ngrams(task.train.tokens, flags.ngrams, tokenizer.vocab_size)
         switches |= {"ngram_rows": list(map(len, ngrams)), "ngram_dropout": flags.ngram_dropout}
@@ -204,7 +285,8 @@ def pretrain(flags: Pretrain) -> None:
     # 1. Data, model, optimisers; on --resume their state.
     runtime = rt.setup(flags.device, flags.dtype)
     tokenizer = Tokenizer.load(flags.data)
-    task = (GPTTask if isinstance(flags, GPTFlags) else BERTTask)(flags, tokenizer, runtime)
+    kinds = {GPTFlags: GPTTask, BERTFlags: BERTTask, VAEFlags: VAETask}
+    task = kinds[type(flags)](flags, tokenizer, runtime)
     core, optimizers = build(flags, task, tokenizer, runtime)
     start, best, seen = 0, {"step": 0, task.best_metric: math.inf}, 0
     if training.open_run(flags, runtime):
@@ -246,8 +328,12 @@ def pretrain(flags: Pretrain) -> None:
             if stop and step < flags.steps:
                 runtime.barrier()  # the main process has saved
                 training.leave(interrupt, log, step, flags.out)
-        # 3. The numbers of the best checkpoint.
+        # 3. The numbers of the best checkpoint; a VAE's are of the test texts.
         numbers = {key.removeprefix("val_"): x for key, x in best.items() if key != "step"}
+        if isinstance(task, VAETask):
+            runtime.barrier()  # the main process has saved
+            checkpoint.load_weights(flags.out / "best", core)
+            numbers |= task.final(core.eval())
         log.close({"steps": flags.steps, "best_step": best["step"], "seed": flags.seed,
                    "parameters": sum(p.numel() for p in core.parameters()), **numbers,
                    "tokens_seen": meter.tokens_seen,
@@ -255,8 +341,8 @@ def pretrain(flags: Pretrain) -> None:
 
 
 def main() -> None:
-    pretrain(rt.parse_flags({"gpt": GPTFlags, "bert": BERTFlags}, prog="train_pretrain.py",
-                            description=__doc__))
+    commands = {"gpt": GPTFlags, "bert": BERTFlags, "vae": VAEFlags}
+    pretrain(rt.parse_flags(commands, prog="train_pretrain.py", description=__doc__))
 
 
 if __name__ == "__main__":

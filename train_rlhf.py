@@ -1,5 +1,6 @@
 """From human ratings to a policy: a reward model, then KL-penalised PPO (or others) against it.
 
+    python train_rlhf.py sft    --data data/arithmetic --out runs/sums
     python train_rlhf.py reward --data data/hutto --policy runs/gpt --init runs/bert --out runs/rm
     python train_rlhf.py ppo    --data data/hutto --policy runs/gpt --reward runs/rm --out runs/ppo
 
@@ -23,13 +24,14 @@ from nanokl import (
     ppo,
     require_positive,
     reward,
+    sft,
     trainers,
     training,
 )
 from nanokl import runtime as rt
 from nanokl.classify import ClassTask
 from nanokl.comparisons import RewardTask
-from nanokl.evaluation import Stage, compare, load_gpt, prompt_docs
+from nanokl.evaluation import Stage, batch_metrics, compare, load_gpt, prompt_docs
 from nanokl.gpt import GPT
 from nanokl.kl import BetaController
 from nanokl.posterior import Ruler, brief, check_samples, whole_account
@@ -42,7 +44,7 @@ class Flags:
     data: Path  # a prepared folder, such as data/hutto; reward also takes a file of labelled texts
     out: Path  # the run's folder; must not hold another run
     resume: bool = False  # go on with the run in --out
-    steps: int  # gradient steps (reward) or batches of rollouts (ppo)
+    steps: int  # gradient steps (sft, reward) or batches of rollouts (ppo)
     lr: float  # AdamW's peak learning rate (embeddings, norms, biases, heads)
     muon_lr: float  # Muon's peak learning rate (the blocks' matrices); 0: AdamW has them
     weight_decay: float = 0.1  # decoupled, on matrices
@@ -56,7 +58,20 @@ class Flags:
 
 
 @dataclass(kw_only=True)
-class RewardFlags(Flags, ppo.SamplingConfig):
+class Supervised(Flags):
+    """Flags of what learns from given answers, until validation says that it is enough."""
+    warmup: int = 20  # steps of linear warm-up
+    decay: float = 0.8  # last part of the run in which the rate falls linearly to 0
+    eval_every: int = 50  # steps between passes over the validation texts
+    patience: int = 6  # passes without a better accuracy before stopping
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_positive(self, "eval_every", "patience")
+
+
+@dataclass(kw_only=True)
+class RewardFlags(Supervised, ppo.SamplingConfig):
     """A head on a pretrained trunk, learnt from single raters' comparisons, ratings or classes."""
 
     init: Path  # the trunk: a run or a Hugging Face folder of BERT or GPT-2
@@ -74,22 +89,30 @@ class RewardFlags(Flags, ppo.SamplingConfig):
     ngram_dropout: float = 0.6  # share of n-grams hidden
     members: int = 1  # reward models in one, each with comparisons of its own
     raters: Literal["all", "first", "second"] = "all"  # or half of each text's ratings
-    warmup: int = 20  # steps of linear warm-up
-    decay: float = 0.8  # last part of the run in which the rate falls linearly to 0
-    eval_every: int = 50  # steps between passes over the validation pairs
-    patience: int = 6  # passes without a better accuracy before stopping
     n_samples: int = 2048  # reference samples to normalise on
 
     def __post_init__(self):
-        Flags.__post_init__(self)
+        Supervised.__post_init__(self)
         ppo.SamplingConfig.__post_init__(self)
-        require_positive(self, "eval_every", "patience", "n_samples", "members", "trunk_lr")
+        require_positive(self, "n_samples", "members", "trunk_lr")
         if (self.policy is None) != (self.objective == "classes"):
             raise UserError(f"--policy is {self.policy} and --objective {self.objective}: scores "
                             "are normalised on a policy's samples, classes are not")
         for name in ("word_dropout", "ngram_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give 0 <= {name} < 1")
+
+
+@dataclass(kw_only=True)
+class SFTFlags(Supervised, sft.SFTConfig):
+    """What an assistant says in conversations: supervised fine-tuning."""
+    steps: int = 600  # gradient steps
+    lr: float = 1e-3
+    muon_lr: float = 1e-3
+
+    def __post_init__(self):
+        Supervised.__post_init__(self)
+        sft.SFTConfig.__post_init__(self)
 
 
 @dataclass(kw_only=True)
@@ -135,11 +158,12 @@ class PPOFlags(Flags, trainers.TrainerConfig):
                             "or --method ppo, rloo or grpo")
 
 
-def train_reward(flags: RewardFlags) -> None:
-    """The whole run: judgements, early stop on validation, test numbers."""
-    # 1. Trunk, judgements, yardstick (wrong flags show), optimisers; on --resume their state.
+def supervise(flags: RewardFlags | SFTFlags) -> None:
+    """The whole run: judgements or replies, early stop on validation, test numbers."""
+    # 1. Model, data, yardstick (wrong flags show), optimisers; on --resume their state.
     runtime = rt.setup(flags.device, flags.dtype)
-    task = (ClassTask if flags.objective == "classes" else RewardTask)(flags, runtime)
+    kinds = {"sft": sft.SFTTask, "classes": ClassTask}
+    task = kinds.get(getattr(flags, "objective", "sft"), RewardTask)(flags, runtime)
     core, tokenizer = task.core, task.tokenizer
     speed = {name: flags.trunk_lr for name, _ in core.named_parameters() if "trunk." in name}
     optimizers = optim.make_optimizers(core, lr=flags.lr, muon_lr=flags.muon_lr, betas=(0.9, 0.98),
@@ -186,7 +210,7 @@ def train_reward(flags: RewardFlags) -> None:
             if stop:
                 runtime.barrier()  # the main process has saved
                 training.leave(interrupt, log, step, flags.out)
-        # 3. The best model on the test texts.
+        # 3. The best model on the test texts or conversations.
         runtime.barrier()
         report = task.finish()
         log.close({"best_step": best["step"], "steps": start, "seed": flags.seed, **report})
@@ -236,26 +260,6 @@ def ppo_batch(stage: Stage, model, policy: GPT, optimizers, docs, step: int, bet
     return {**row, **means, "first_ratio_max_deviation": infos[0]["ratio_max_deviation"].item()}
 
 
-def batch_metrics(x: ppo.Experience, beta: float) -> dict:
-    """What a batch says about the policy that sampled it."""
-    kl, mask = x.kl.sum(1).mean().item(), x.rollout.mask
-    return {
-        "reward_mean": x.score.mean().item(), "kl_nats_per_sequence": kl,
-        "kl_k1_nats_per_sequence": (x.logp - x.logp_ref).sum(1).mean().item(),
-        "objective": x.score.mean().item() - beta * kl, "beta": beta,
-        "entropy_nats_per_token": (x.entropy.sum() / mask.sum()).item(),
-        "response_tokens_mean": mask.sum(1).float().mean().item(),
-        "distinct_2": metrics.distinct_n(x.rollout.responses()),
-    }
-
-
-def ruler(stage: Stage, docs, share: int = 1) -> Ruler:
-    """What measures the gap to the posterior, with a `share`-th of the samples."""
-    flags = stage.config
-    return Ruler(stage, docs, prompts=flags.posterior_prompts,
-                 samples=flags.posterior_samples // share)
-
-
 def finish_ppo(stage: Stage, policy: GPT, docs, log: metrics.Log, first: dict, *,
                beta: float) -> None:
     """The summary: fresh samples, on held-out prompts; whether the policy has collapsed."""
@@ -266,7 +270,7 @@ def finish_ppo(stage: Stage, policy: GPT, docs, log: metrics.Log, first: dict, *
         metrics.write_text(flags.out / "samples.jsonl", rows)
         (flags.out / "posterior.json").unlink(missing_ok=True)  # of the policy before a --resume
     if flags.posterior_samples:
-        account, numbers["posterior"] = whole_account(ruler(stage, docs), policy, beta)
+        account, numbers["posterior"] = whole_account(Ruler.of(stage, docs), policy, beta)
         for line in account.lines():
             log.line(line)
     entropy, before = numbers["entropy_nats_per_token"], first.get("entropy_at_step_0", 0.0)
@@ -322,7 +326,7 @@ def train_ppo(flags: PPOFlags) -> None:
             log.step(step, episodes=step * flags.batch, **row)
             if (flags.posterior_samples and controller.beta and step % flags.eval_every == 0
                     and step < flags.steps):
-                judge = judge or ruler(stage, held_out, 8)
+                judge = judge or Ruler.of(stage, held_out, 8)
                 log.event(step, **brief(judge.account(policy, controller.beta)))
             controller.update(row["kl_nats_per_sequence"], flags.batch)
             stop = runtime.any(interrupt.set)
@@ -337,9 +341,9 @@ def train_ppo(flags: PPOFlags) -> None:
 
 
 def main() -> None:
-    flags = rt.parse_flags({"reward": RewardFlags, "ppo": PPOFlags}, prog="train_rlhf.py",
-                           description=__doc__)
-    train_reward(flags) if isinstance(flags, RewardFlags) else train_ppo(flags)
+    flags = rt.parse_flags({"sft": SFTFlags, "reward": RewardFlags, "ppo": PPOFlags},
+                           prog="train_rlhf.py", description=__doc__)
+    train_ppo(flags) if isinstance(flags, PPOFlags) else supervise(flags)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ Reading order
     labelled, classify                                 classes of texts
     exact, bayes, posterior, frontier                  the posterior, and the gap to it
     samplers, smc, trainers                            other ways to the same posterior
+    vae, latent                                        texts drawn as numbers first: the same bound
+    chat, sft, dialogue                                conversations, and users to talk to
     optim, runtime, checkpoint, metrics, report        what every run needs
     throughput                                         how fast it goes
 """

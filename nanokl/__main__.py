@@ -1,4 +1,4 @@
-"""Use what was trained: python -m nanokl {sample,fill-mask,embed,score,export,...}."""
+"""Use what was trained: python -m nanokl {sample,interpolate,fill-mask,embed,score,export,...}."""
 
 import json
 import sys
@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
+import torch
 import tyro
 
-from nanokl import UserError, bench, bert, checkpoint, kl_table, posterior, require_positive
+from nanokl import UserError, bench, bert, checkpoint, kl_table, latent, posterior, require_positive
 from nanokl import runtime as rt
 from nanokl.classify import Classifier
 from nanokl.export import export
@@ -18,11 +19,12 @@ from nanokl.gpt import GPT
 from nanokl.hf_tokenizer import load_tokenizer
 from nanokl.report import write_report
 from nanokl.reward import RewardModel
+from nanokl.vae import VAE, Given
 
 
 @dataclass
 class Sample:
-    """Texts from a GPT or a trained policy."""
+    """Texts from a GPT, a trained policy, or a VAE: each from a z of its own, of the prior."""
 
     run: Annotated[Path, tyro.conf.Positional]  # a run or checkpoint folder, such as runs/demo/ppo
     prompt: str = ""  # the text to continue
@@ -39,14 +41,43 @@ class Sample:
         runtime = rt.setup(self.device, "float32")
         folder = checkpoint.resolve(self.run)
         tokenizer = load_tokenizer(folder)
-        model = GPT.from_pretrained(folder, dropout=0.0).to(runtime.device).eval()
+        rng = rt.generator(self.seed, "sample")
+        if checkpoint.read_config(folder)["model"] == "VAE":
+            vae = VAE.from_pretrained(folder, dropout=0.0).to(runtime.device).eval()
+            z = torch.randn(self.n, vae.config.n_latent, generator=rng).to(runtime.device)
+            model = Given(vae, z)
+        else:
+            model = GPT.from_pretrained(folder, dropout=0.0).to(runtime.device).eval()
         stop = tokenizer.special("<|endoftext|>")
         ids = [stop, *tokenizer.encode(self.prompt)]
         rollout = generate(model, [ids] * self.n, self.max_new_tokens, stop=stop,
                            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
-                           rng=rt.generator(self.seed, "sample"))
+                           rng=rng)
         for row in rollout.rows():
             print(tokenizer.decode([i for i in row if i != stop]))
+
+
+@dataclass
+class Interpolate:
+    """Texts on the way from one to another, through the z of a VAE."""
+
+    run: Annotated[Path, tyro.conf.Positional]  # a VAE's run, such as runs/main/vae/vae
+    first: Annotated[str, tyro.conf.Positional]
+    last: Annotated[str, tyro.conf.Positional]
+    steps: int = 7  # texts, both ends included
+    temperature: float = 0.0  # 0 takes the likeliest token
+    max_new_tokens: int = 40  # longest text
+    seed: int = 0  # of the random numbers, which all texts share
+    device: str = "auto"  # auto, cpu, cuda or mps
+
+    def __call__(self) -> None:
+        runtime, folder = rt.setup(self.device, "float32"), checkpoint.resolve(self.run)
+        vae = VAE.from_pretrained(folder, dropout=0.0).to(runtime.device).eval()
+        tokenizer = load_tokenizer(folder)
+        z = latent.between(vae, tokenizer, self.first, self.last, self.steps)
+        for text in latent.say(vae, tokenizer, z, temperature=self.temperature, seed=self.seed,
+                               max_new_tokens=self.max_new_tokens):
+            print(text)
 
 
 @dataclass
@@ -211,8 +242,9 @@ def _progress(line: str) -> None:
 
 
 def main() -> None:
-    commands = {"sample": Sample, "fill-mask": FillMask, "embed": Embed, "score": Score,
-                "export": Export, "report": Report, "posterior": Posterior, "bench": Bench}
+    commands = {"sample": Sample, "interpolate": Interpolate, "fill-mask": FillMask,
+                "embed": Embed, "score": Score, "export": Export, "report": Report,
+                "posterior": Posterior, "bench": Bench}
     rt.parse_flags(commands, prog="python -m nanokl", description=__doc__)()
 
 

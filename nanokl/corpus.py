@@ -24,9 +24,9 @@ import numpy as np
 
 from nanokl import UserError, __version__
 from nanokl.data import write_parts
-from nanokl.tokenizer import CHAR_PATTERN, PATTERN, Rest, Tokenizer, train_bpe
+from nanokl.tokenizer import CHAR_PATTERN, PATTERN, SPECIALS, Rest, Tokenizer, train_bpe
 
-PATTERNS = {"bpe": PATTERN, "char": CHAR_PATTERN}
+PATTERNS = {"bpe": PATTERN, "char": CHAR_PATTERN, "digits": PATTERN.replace("{1,2}", "")}
 BLOCK = 1 << 20  # bytes read at a time
 PART = 1 << 18  # characters tokenised at a time
 SAMPLE = 64  # such parts, at most, that the BPE learns from: 16 million characters
@@ -101,9 +101,10 @@ def prepare_corpus(out, source: Callable[[], Corpus], *, settings: dict, level: 
                    vocab_size: int = 4096, force: bool = False) -> str:
     """Make the data folder `out`: tokenizer, SPLIT.bin, meta.json; return one line on it.
 
-    `settings` say what the source is (hashes, seeds) and must survive JSON; level is bpe or char.
-    The BPE is learnt from the train split only. Nothing is done, `source` not called, if `out` has
-    the same settings; UserError for others without `force`. A failure leaves `out` as it was.
+    `settings` say what the source is (hashes, seeds) and must survive JSON; level is one of
+    PATTERNS. The BPE is learnt from the train split only. Nothing is done, `source` not called, if
+    `out` has the same settings; UserError for others without `force`. A failure leaves `out` as it
+    was.
     """
     out, settings = Path(out), {"level": level, "vocab_size": vocab_size, **settings}
     if not force and (meta := _prepared(out, settings)):
@@ -219,6 +220,7 @@ def _write_corpus(folder: Path, corpus: Corpus, settings: dict) -> dict:
     sample, pattern = _sample(corpus.splits["train"]), PATTERNS[settings["level"]]
     require(sample, "train")
     tokenizer = train_bpe(sample, settings["vocab_size"], pattern=pattern,
+                          specials=settings.get("specials", SPECIALS),
                           lowercase=settings.get("lowercase", False))
     tokenizer.save(folder)
     counts = {}

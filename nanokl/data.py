@@ -248,6 +248,32 @@ def mlm_eval_batches(shard: Shard, tokenizer: Tokenizer, *, block_size: int, bat
         yield _masked(shard, tokenizer, start, length, rng, 0.15)
 
 
+def _between_separators(shard: Shard, start: np.ndarray, length: np.ndarray):
+    """Rows <|endoftext|> tokens[start:start + length] <|endoftext|>, and their mask; (B, T)."""
+    separator = shard.tokens[0]
+    idx, mask = _gather(shard.tokens, start - 1, length + 2, separator)
+    idx[:, 0] = idx[np.arange(len(idx)), length + 1] = separator
+    return torch.from_numpy(idx), torch.from_numpy(mask)
+
+
+def document_batch(shard: Shard, step: int, *, batch_size: int, block_size: int, seed: int):
+    """Training rows, a document each, of like length: idx (B, T) with separators, mask (B, T).
+
+    Of a document that is longer than block_size with them, a part.
+    """
+    _check_sizes(batch_size, block_size, 3)
+    bucket, turn = divmod(step, BUCKET)
+    return _between_separators(shard, *_bucket(shard, block_size - 2, batch_size, seed,
+                                               bucket)[:, turn])
+
+
+def document_eval_batches(shard: Shard, *, block_size: int, batch_size: int) -> Iterator:
+    """All documents once, long ones in parts: yields idx (B, T), mask (B, T); the longest first."""
+    _check_sizes(batch_size, block_size, 3)
+    for start, length in _cover(shard, 1, block_size - 2, batch_size):
+        yield _between_separators(shard, start, length)
+
+
 def text_batch(tokenizer: Tokenizer, texts: Sequence[str], *, block_size: int):
     """Whole texts for an encoder: idx (B, T) as [CLS] ids [SEP] cut at block_size, mask (B, T).
 

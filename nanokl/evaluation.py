@@ -130,6 +130,19 @@ class Stage:
         return [(rows + member).flatten() for rows in first.split(size // group)]
 
 
+def batch_metrics(x: ppo.Experience, beta: float) -> dict:
+    """What a batch says about the policy that sampled it."""
+    kl, mask = x.kl.sum(1).mean().item(), x.rollout.mask
+    return {
+        "reward_mean": x.score.mean().item(), "kl_nats_per_sequence": kl,
+        "kl_k1_nats_per_sequence": (x.logp - x.logp_ref).sum(1).mean().item(),
+        "objective": x.score.mean().item() - beta * kl, "beta": beta,
+        "entropy_nats_per_token": (x.entropy.sum() / mask.sum()).item(),
+        "response_tokens_mean": mask.sum(1).float().mean().item(),
+        "distinct_2": distinct_n(x.rollout.responses()),
+    }
+
+
 # Of n reference samples a prompt the best is kept: KL(best-of-n || ref) <= log n - (n - 1)/n.
 def best_of_n(stage: Stage, prompts, n_max: int = 16) -> list[dict]:
     """What the reference reaches without training, for n = 1, 2, 4, ... n_max."""

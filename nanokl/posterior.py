@@ -47,6 +47,13 @@ class Ruler:
         self.prompts = stage.prompts(docs, prompts, rt.generator(stage.seed, "posterior prompts"))
         self.texts, self.score = self._draw(stage.ref, "reference")
 
+    @classmethod
+    def of(cls, stage: Stage, docs: list[list[int]], share: int = 1) -> "Ruler":
+        """Of the sizes in a run's flags, with a `share`-th of the samples."""
+        flags = stage.config
+        return cls(stage, docs, prompts=flags.posterior_prompts,
+                   samples=flags.posterior_samples // share)
+
     def _draw(self, model: GPT, who: str):
         rng = rt.generator(self.stage.seed, "posterior", who)
         return draw_texts(self.stage, model, self.prompts, self.samples, rng)

@@ -1,23 +1,32 @@
 """The report of a run: figures, one self-contained HTML page, and the merged summary.
 
 Reads RUN/{gpt,bert,reward,ppo}/{summary.json,metrics.jsonl,flags.json}, RUN/ppo/samples.jsonl and
-summaries of other policies, RUN/ppo-* and RUN/trainers/*, and heads, RUN/minilm and RUN/classes/*:
-files only, no model. A policy's posterior.json, often of more texts, stands for what its summary
-says of it. The page has no script, loads nothing, and reads on a phone, in the dark and on paper.
+summaries of other policies, RUN/ppo-* and RUN/trainers/*, heads, RUN/minilm and RUN/classes/*, and
+VAEs, RUN/vae/*: files only, no model. A policy's posterior.json, often of more texts, stands for
+what its summary says of it. The page has no script, loads nothing, and reads on a phone, in the
+dark and on paper.
 """
 
-import json
 import shlex
 from collections import defaultdict
-from collections.abc import Sequence
 from datetime import datetime
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
 
-from nanokl import UserError, bayes
+from nanokl import UserError
 from nanokl import figures as fig
-from nanokl.metrics import duration, read_rows, write_json, write_text
+from nanokl.metrics import duration, write_json, write_text
+from nanokl.report_tables import (
+    Stage,
+    heads,
+    latents,
+    number,
+    policies,
+    read_stage,
+    samples,
+    table,
+    ways,
+)
 
 STAGES = {  # in order: the program, and the section of the page
     "gpt": ("train_pretrain.py gpt", "Pretraining"),
@@ -92,47 +101,6 @@ FIGURES = [
      "Uncertainty about the next token; at 0 the policy says only one thing.",
      fig.curves, {"entropy_nats_per_token": "policy"}),
 ]  # fmt: skip
-WORDS = """<p>The pretrained model is a prior over texts. A score r is evidence: at the price beta
-it makes a text exp(r / beta) times as likely, and the prior reweighed so is the posterior, which
-nobody can sample from directly. Training comes near it: the objective is largest there, and less by
-beta times the gap elsewhere, the nats that are left to gain. The Bayes fraction is 0 at the prior
-and 1 at the posterior. Log Z is estimated from weighed texts of prior and policy; where few of them
-have all the weight, the gap is only known to be at least so large.</p>"""
-FORMULAS = (
-    ("prior", "ref(y)", "generate.generate"),
-    ("evidence", "exp(r(y) / beta)", "ppo.score_rollouts"),
-    ("posterior", "pi*(y) = ref(y) exp(r(y) / beta) / Z", "exact.posterior, samplers.sir, smc.smc"),
-    ("objective", "J(pi) = E[r] - beta KL(pi || ref)", "exact.objective, ppo.kl_penalised_reward"),
-    ("gap", "log Z - J(pi) / beta = KL(pi || pi*)", "exact.gap, bayes.account"),
-    ("Bayes fraction", "(J(pi) - J(ref)) / (beta log Z - J(ref))", "bayes.ratio_se"),
-    ("most there is", "R*(k) = inf_b b (k + log Z_b), b any price", "frontier.most_reward"),
-)
-
-
-class Stage(NamedTuple):
-    summary: dict
-    rows: list[dict]
-    flags: dict
-
-
-def read_stage(folder: Path) -> Stage:
-    """What a stage has left so far; empty where a file is missing."""
-
-    def read(name: str) -> dict:
-        try:
-            return dict(json.loads((folder / name).read_text("utf-8")))
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, TypeError):
-            raise UserError(f"{folder / name} is damaged: it has to hold one JSON object; "
-                            "run the stage again") from None
-
-    summary, account = read("summary.json"), read("posterior.json")
-    if summary and account:
-        summary["posterior"] = account
-    return Stage(summary, read_rows(folder / "metrics.jsonl"), read("flags.json"))
-
-
 def merge(run: Path, stages: dict[str, Stage]) -> dict:
     """All summaries, and wall_seconds from RUN/started to the last stage's end, or their sum."""
     summaries = {name: stage.summary for name, stage in stages.items() if stage.summary}
@@ -153,36 +121,6 @@ def command(stage: str, flags: dict) -> str:
             switch = f"--{name}" if value else f"--no-{name}"
             words.append(switch if isinstance(value, bool) else f"--{name}={value}")
     return shlex.join(words)
-
-
-def number(value: float | None, spec: str = ".3f", se: float | None = None) -> str:
-    """A number with its standard error as text, with a true minus; a dash where there is none."""
-    text = "–" if value is None else format(value, spec).replace("-", "−")
-    return text if se is None else f"{text} ± {se:{spec}}"
-
-
-def minutes(summary: dict) -> str:
-    """How long a run took, as text."""
-    seconds = summary.get("wall_seconds")
-    return number(None if seconds is None else seconds / 60, ".1f")
-
-
-def typeset(text: str) -> str:
-    """A text of a program with the signs that print has and a keyboard has not."""
-    for plain, sign in ((">=", "≥"), ("<=", "≤"), ("+-", "±"), ("-", "−")):
-        text = text.replace(plain, sign)
-    return text
-
-
-def table(kind: str, head: list[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are plain text; each knows the name of its column, which a phone shows beside it."""
-    head = [escape(name) for name in head]
-    top = "".join(f"<th>{name}</th>" for name in head)
-    rows = [zip(head, map(escape, row), strict=True) for row in rows]
-    cells = ["".join(f'<td data-name="{name}">{cell}</td>' for name, cell in row) for row in rows]
-    body = "".join(f"<tr>{row}</tr>\n" for row in cells)
-    return (f'<div class="scroll"><table class="{kind}"><thead><tr>{top}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>\n")
 
 
 def tiles(stages: dict[str, Stage]) -> str:
@@ -210,57 +148,12 @@ def agreement(summary: dict) -> str:
     return out
 
 
-def heads(run: Path) -> str:
-    """What other heads know of the test texts: RUN/minilm and RUN/classes/*."""
-    rows = []
-    for folder in (run / "minilm", *sorted((run / "classes").glob("*/"))):
-        s, _, flags = read_stage(folder)
-        if s:
-            rows.append([folder.relative_to(run).as_posix(), str(flags.get("init", "–")),
-                         str(s.get("objective", "–")),
-                         *(number(s.get(key), ".3f", s.get(f"{key}_se"))
-                           for key in ("pair_accuracy", "accuracy", "macro_f1")), minutes(s)])
-    head = ["run", "trunk", "learns", "pair accuracy", "accuracy", "macro-F1", "minutes"]
-    return f"<h2>Other heads</h2>{table('numbers', head, rows)}" if rows else ""
-
-
-def policies(run: Path) -> list[tuple[str, dict]]:
-    """Names and summaries of the trained policies: ppo, ppo-*, trainers/*, all in RUN."""
-    folders = [run / "ppo", *sorted(run.glob("ppo-*/")), *sorted((run / "trainers").glob("*/"))]
-    return [(folder.relative_to(run).as_posix(), summary) for folder in folders
-            if (summary := read_stage(folder).summary).get("objective") is not None]
-
-
-def ways(named: list[tuple[str, dict]]) -> str:
-    """How near each policy has come to the posterior of its beta, and what it took."""
-    rows = []
-    for name, s in sorted(named, key=lambda x: (x[1].get("beta") or 0, -x[1]["objective"])):
-        gap, fraction = map(typeset, bayes.told(s.get("posterior") or {}))
-        rows.append([name, number(s.get("beta"), "g"), number(s.get("episodes"), ","), minutes(s),
-                     *(number(s.get(key), ".2f", s.get(f"{key}_se"))
-                       for key in ("reward_mean", "kl_nats_per_sequence", "objective")),
-                     gap, fraction])
-    head = ["run", "beta", "episodes", "minutes", "reward", "KL, nats", "objective",
-            "gap, nats", "Bayes fraction"]
-    words = WORDS + table("formulas", ["in words", "formula", "in nanokl/"], FORMULAS)
-    return f"<h2>Prior, posterior, gap</h2>{words}{table('numbers', head, rows)}" if rows else ""
-
-
-def samples(path: Path) -> str:
-    """The sample table, as the run has left it."""
-    head = ["prompt", "before", "after", "score before", "score after", "KL, nats"]
-    keys = ("score_before", "score_after", "kl_nats")
-    cells = [[*(str(r.get(k, "")) for k in head[:3]), *(number(r.get(k), ".2f") for k in keys)]
-             for r in read_rows(path)]
-    title = "<h2>Samples</h2><p>The same prompts before and after PPO, not selected.</p>"
-    return title + table("samples", head, cells) if cells else ""
-
-
 def write_report(run: Path) -> Path:
     """Write RUN/report.html, summary.json, figures/*.png; UserError: no stage, a damaged file."""
     run = Path(run)
     stages = {name: read_stage(run / name) for name in STAGES}
-    if not any(stage.summary or stage.rows for stage in stages.values()):
+    latent = latents(run)
+    if not latent and not any(stage.summary or stage.rows for stage in stages.values()):
         raise UserError(f"{run} holds no stage to report: looked for {', '.join(STAGES)} with a "
                         "summary.json or metrics.jsonl; give the folder above them, or train first")
     sections = dict.fromkeys((heading for _, heading in STAGES.values()), "")
@@ -270,7 +163,8 @@ def write_report(run: Path) -> Path:
         sections[STAGES[name][1]] += fig.draw(run / "figures", seen, stages[name].rows, *spec)
     sections[STAGES["reward"][1]] += agreement(stages["reward"].summary)
     body = "".join(f'<h2>{heading}</h2><div class="figures">{items}</div>\n'
-                   for heading, items in sections.items() if items) + heads(run) + ways(named)
+                   for heading, items in sections.items() if items)
+    body += heads(run) + ways(named) + latent
     merged = merge(run, stages)
     write_json(run / "summary.json", merged)
     write_text(run / "report.html", page(run, stages, merged["wall_seconds"], body))
@@ -282,7 +176,7 @@ def page(run: Path, stages: dict[str, Stage], wall_seconds: float, body: str) ->
     known = {k: str(v) for stage in stages.values() for k, v in stage.summary.items()}
     about = [str(run), *(known[key] for key in ("date", "machine") if key in known),
              f"{duration(wall_seconds)} in all"]
-    absent = ", ".join(name for name, stage in stages.items() if not stage.summary)
+    absent = ", ".join(name for name, stage in stages.items() if known and not stage.summary)
     note = f"<p><b>Not finished, no summary yet: {absent}.</b></p>" if absent else ""
     commands = "\n".join(command(name, s.flags) for name, s in stages.items() if s.flags)
     css = Path(__file__).with_name("report.css").read_text("utf-8")

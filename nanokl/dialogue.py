@@ -1,0 +1,118 @@
+"""Dialogues as an environment: gymnasium's `reset` and `step`, without depending on it.
+
+An observation is what was said so far, a tuple of {"role", "content"}; an action is the agent's
+whole reply. All chance is in `reset(seed=...)`: what the user will ask and how, and each of its
+answers follows from the seed and the agent's words, so that a dialogue is a text of one prompt and
+the posterior of RLHF is defined for it (with chance in between, its formula would be optimistic).
+`terminated`: the user has what it wanted; `truncated`: it would have gone on. Left out: rendering,
+vector environments, spaces.
+"""
+
+import re
+import unicodedata
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import NamedTuple
+
+import numpy as np
+
+from nanokl import UserError
+
+Message = dict[str, str]  # {"role": "user" or "assistant", "content": text}
+SPLITS = {"train": (0.0, 0.85), "val": (0.85, 0.9), "test": (0.9, 1.0)}  # of all pairs of numbers
+
+
+class Step(NamedTuple):
+    """What gymnasium's step returns."""
+
+    obs: tuple[Message, ...]
+    reward: float
+    terminated: bool
+    truncated: bool
+    info: dict
+
+
+class Words(NamedTuple):
+    """What a user says in one language."""
+
+    questions: tuple[str, ...]
+    again: str
+    thanks: str
+
+
+WORDS = {
+    "en": Words(("How do I add two numbers: {a} and {b}?", "What is {a} plus {b}?", "{a} + {b} = ?",
+                 "Please add {a} and {b}."), "No, try again.", "Thank you."),
+    "zh": Words(("如何计算两个数的和:{a}和{b}?", "{a}加{b}等于多少?", "{a} + {b} = ?",
+                 "请把{a}和{b}加起来。"), "不对,再试一次。", "谢谢。"),
+}  # fmt: skip
+
+
+def split_of(a: int, b: int) -> str:
+    """The split of a pair of numbers, whichever comes first: a hash decides."""
+    digest = blake2b(f"{min(a, b)}+{max(a, b)}".encode(), digest_size=8).digest()
+    share = int.from_bytes(digest, "big") / 2**64
+    return next(name for name, (low, high) in SPLITS.items() if low <= share < high)
+
+
+def last_number(text: str) -> int | None:
+    """The number that a text ends on, which is its answer; None where there is none."""
+    digits = re.findall(r"\d+", unicodedata.normalize("NFKC", text))
+    return int(digits[-1]) if digits and len(digits[-1]) < 20 else None
+
+
+@dataclass
+class Arithmetic:
+    """A user asks for the sum of two numbers, and says whether the reply is right.
+
+    Reward 1 for the right number at the end of a reply, which ends the dialogue, else 0 and another
+    try, up to `turns` replies in all. The pairs of a split are in no other.
+    """
+
+    split: str = "train"
+    languages: tuple[str, ...] = ("en", "zh")
+    highest: int = 99  # of both numbers; the lowest is 0
+    turns: int = 1
+    messages: list[Message] = field(default_factory=list, repr=False)
+    wanted: int | None = field(default=None, repr=False)  # None: no dialogue has begun, or goes on
+
+    def __post_init__(self):
+        unknown = set(self.languages) - WORDS.keys()
+        if self.split not in SPLITS or unknown or not self.languages:
+            raise UserError(f"split is {self.split!r}, languages {self.languages}: give one of "
+                            f"{', '.join(SPLITS)}, and some of {', '.join(WORDS)}")
+        if self.highest < 9 or self.turns < 1:
+            raise UserError(f"highest is {self.highest} and turns {self.turns}: give at least 9 "
+                            "and 1")
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        """The question of this seed, or of options a, b, language, question; (obs, info)."""
+        rng, given = np.random.default_rng(seed), options or {}
+        a, b = (int(x) for x in rng.integers(self.highest + 1, size=2))
+        while split_of(a, b) != self.split:
+            a, b = (int(x) for x in rng.integers(self.highest + 1, size=2))
+        a, b = given.get("a", a), given.get("b", b)
+        language = given.get("language", self.languages[int(rng.integers(len(self.languages)))])
+        self.words = WORDS[language]
+        question = given.get("question", int(rng.integers(len(self.words.questions))))
+        self.messages = [_say("user", self.words.questions[question].format(a=a, b=b))]
+        self.wanted = a + b
+        info = {"a": a, "b": b, "language": language, "model_reply": f"{a} + {b} = {a + b}"}
+        return tuple(self.messages), info
+
+    def step(self, action: str) -> Step:
+        """The user's answer to a reply."""
+        if self.wanted is None:
+            raise UserError("this dialogue has not begun, or is over: call reset")
+        right = last_number(action) == self.wanted
+        replies = sum(m["role"] == "assistant" for m in self.messages) + 1
+        self.messages += [_say("assistant", action),
+                          _say("user", self.words.thanks if right else self.words.again)]
+        info, truncated = {"wanted": self.wanted}, not right and replies >= self.turns
+        if right or truncated:
+            self.wanted = None
+        return Step(tuple(self.messages), float(right), right, truncated, info)
+
+
+def _say(role: str, content: str) -> Message:
+    return {"role": role, "content": content}

@@ -1,0 +1,189 @@
+"""Supervised fine-tuning on conversations: what the assistant says is learnt, the rest is read.
+
+    loss = mean over the assistant's tokens of  -log pi(y_t | y_<t) + kl_coef KL(pi || ref)(y_<t)
+
+The first term is KL(data || pi) less what no model can change: of a point mass on one text it is
+that text's -log pi, while KL(pi || point mass) is infinite for every pi that can say anything else.
+The second is exact, over the whole vocabulary, at each of those tokens; ref is the model that it
+starts from. Left out: packing of several conversations into a row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanokl import UserError, checkpoint, require_positive, training
+from nanokl.chat import TURNS, Conversation, encode_turn, load_conversations
+from nanokl.generate import generate
+from nanokl.gpt import GPT, GPTConfig
+from nanokl.hf_tokenizer import load_tokenizer
+from nanokl.logprob import linear_logprob
+from nanokl.metrics import mean_se
+from nanokl.runtime import Runtime, generator
+
+BUCKET = 16  # steps whose rows are sorted by length together, so that little is padding
+Row = tuple[list[int], list[bool]]  # ids, and which of them the assistant has said
+
+
+@dataclass(kw_only=True)
+class SFTConfig:
+    """What fine-tuning needs to know; the script adds the loop's settings."""
+
+    init: Path | None = None  # the GPT to start from; without one a fresh model of these sizes
+    n_layer: int = 4  # blocks of a fresh model
+    n_head: int = 4  # its attention heads
+    n_embd: int = 128  # its width
+    block_size: int = 64  # its context, tokens
+    kl_coef: float = 0.0  # price of a nat of KL to the model that it starts from
+    batch_size: int = 64  # rows a step, over all processes
+
+    def __post_init__(self):
+        require_positive(self, "batch_size")
+        if not 0 <= self.kl_coef < float("inf") or (self.kl_coef and self.init is None):
+            raise UserError(f"kl_coef is {self.kl_coef} and init {self.init}: give 0 or more, and "
+                            "the model to stay near")
+
+
+def rows_of(tokenizer, talks: Sequence[Conversation], block_size: int) -> list[Row]:
+    """Conversations as rows of at most block_size tokens, cut between turns; long turns are cut.
+
+    Rows in which the assistant says nothing are left out.
+    """
+    start, rows = tokenizer.special("<|endoftext|>"), []
+    for talk in talks:
+        ids, mine = [start], [False]
+        for message in talk.messages:
+            turn = encode_turn(tokenizer, message["role"], message["content"])
+            if len(ids) > 1 and len(ids) + len(turn) > block_size:
+                rows.append((ids, mine))
+                ids, mine = [start], [False]
+            turn = turn[: block_size - len(ids)]
+            ids = ids + turn
+            mine = mine + [False] + [message["role"] == "assistant"] * (len(turn) - 1)
+        rows.append((ids, mine))
+    return [row for row in rows if any(row[1])]
+
+
+def which_rows(lengths: Tensor, step: int, *, batch_size: int, seed: int) -> Tensor:
+    """A step's rows (batch_size,), of like length: all of them, shuffled, then all again."""
+    n, (bucket, turn) = len(lengths), divmod(step, BUCKET)
+    places = torch.arange(bucket * BUCKET * batch_size, (bucket + 1) * BUCKET * batch_size)
+    orders = {e: torch.randperm(n, generator=generator(seed, "talks", e))
+              for e in (places // n).unique().tolist()}
+    rows = torch.stack([orders[int(p) // n][int(p) % n] for p in places])
+    by_length = rows[lengths[rows].argsort(stable=True)].view(BUCKET, batch_size)
+    return by_length[torch.randperm(BUCKET, generator=generator(seed, "turns", bucket))[turn]]
+
+
+def pack(rows: Sequence[Row], fill: int) -> tuple[Tensor, Tensor]:
+    """idx (B, T), padded on the right, and mask (B, T-1), True where idx[:, t+1] is learnt."""
+    T = max(len(ids) for ids, _ in rows)
+    idx = torch.tensor([[*ids, *[fill] * (T - len(ids))] for ids, _ in rows])
+    mine = torch.tensor([[*mine, *[False] * (T - len(mine))] for _, mine in rows])
+    return idx, mine[:, 1:]
+
+
+@torch.no_grad()
+def word_for_word(model: GPT, tokenizer, rows: Sequence[Row], most: int = 512) -> dict:
+    """Of the first replies in (at most `most`) rows, how many the model's likeliest words are.
+
+    Greedy, one token after the other; a reply ends where it says so.
+    """
+    stop, prompts, wanted = tokenizer.special("<|endoftext|>"), [], []
+    for ids, mine in rows[:most]:
+        first = mine.index(True)
+        last = next((i for i in range(first, len(ids)) if not mine[i]), len(ids))
+        prompts.append(ids[:first])
+        wanted.append(ids[first:last])
+    room = model.config.block_size - max(map(len, prompts))
+    rollout = generate(model, prompts, max(1, min(room, max(map(len, wanted)))), temperature=0.0,
+                       stop=stop)
+    right = torch.tensor([said == reply for said, reply in
+                          zip(rollout.responses(), wanted, strict=True)]).float()
+    share, se = mean_se(right)
+    return {"replies": len(wanted), "replies_word_for_word": share, "replies_word_for_word_se": se}
+
+
+class SFTTask:
+    """A GPT that answers; RewardTask's methods."""
+
+    metric, loss_name = "reply_token_accuracy", "loss_nats_per_token"  # the more the better
+
+    def __init__(self, flags, runtime: Runtime):
+        folder = flags.data if flags.init is None else checkpoint.resolve(flags.init)
+        self.flags, self.runtime, self.tokenizer = flags, runtime, load_tokenizer(folder)
+        if missing := set(TURNS.values()) - set(self.tokenizer.specials):
+            raise UserError(f"the tokenizer of {folder} has no {' and no '.join(sorted(missing))}: "
+                            "give a model that was pretrained on data/chat or data/arithmetic")
+        if flags.init is None:
+            config = GPTConfig(vocab_size=self.tokenizer.vocab_size, block_size=flags.block_size,
+                               n_layer=flags.n_layer, n_head=flags.n_head, n_embd=flags.n_embd)
+            self.core = GPT(config, generator(flags.seed, "weights"))
+        else:
+            self.core = GPT.from_pretrained(folder, dropout=0.0, ngram_dropout=0.0)
+        self.core.to(runtime.device)
+        self.ref = None
+        if flags.kl_coef:
+            self.ref = GPT.from_pretrained(folder, dropout=0.0).to(runtime.device).eval()
+            self.ref.requires_grad_(False)
+        training.freeze(self.core, flags.freeze)
+        self.rows = {split: rows_of(self.tokenizer, load_conversations(flags.data, split),
+                                    self.core.config.block_size)
+                     for split in ("train", "val", "test")}
+        if empty := [split for split, rows in self.rows.items() if not rows]:
+            raise UserError(f"{flags.data} has no reply of an assistant in {', '.join(empty)}: "
+                            "give more conversations")
+        self.lengths = torch.tensor([len(ids) for ids, _ in self.rows["train"]])
+
+    def _measure(self, model, rows: Sequence[Row], **more):
+        """Of rows on the device: mask (B, T-1), log-probs of what the assistant says, KL if any."""
+        idx, mask = (x.to(self.runtime.device) for x in pack(rows, self.tokenizer.special(
+            "<|endoftext|>")))
+        ref = None
+        if self.ref is not None:
+            with torch.no_grad():
+                ref = self.ref(idx[:, :-1]), self.ref.head.weight
+        h = model(idx[:, :-1])
+        return idx, mask, h, linear_logprob(h, self.core.head.weight, idx[:, 1:], mask=mask,
+                                            ref=ref, **more)
+
+    def loss(self, model, step: int) -> Tensor:
+        """Nats a token of all processes' replies."""
+        flags = self.flags
+        mine = which_rows(self.lengths, step, batch_size=flags.batch_size, seed=flags.seed)
+        rows = [self.rows["train"][i] for i in mine.tolist()]
+        total = sum(sum(said) for _, said in rows)
+        with self.runtime.autocast():
+            *_, out = self._measure(model, self.runtime.shard(rows))
+        nats = -out.logp.sum() if self.ref is None else (flags.kl_coef * out.kl - out.logp).sum()
+        return nats * self.runtime.world / total
+
+    @torch.no_grad()
+    def _report(self, model: GPT, split: str) -> dict:
+        nats = kl = right = n = 0.0
+        rows = sorted(self.rows[split], key=lambda row: -len(row[0]))
+        for i in range(0, len(rows), 128):
+            with self.runtime.autocast():
+                idx, mask, h, out = self._measure(model, rows[i : i + 128])
+                likeliest = model.logits(h[mask]).argmax(-1)
+            nats -= out.logp.double().sum().item()
+            kl += 0.0 if out.kl is None else out.kl.double().sum().item()
+            right += (likeliest == idx[:, 1:][mask]).sum().item()
+            n += mask.sum().item()
+        report = {"nats_per_reply_token": nats / n, "reply_token_accuracy": right / n}
+        return report | ({"kl_nats_per_reply_token": kl / n} if self.ref is not None else {})
+
+    def validate(self, model: GPT) -> dict:
+        """Of the validation conversations, teacher-forced."""
+        model.eval()
+        return self._report(model, "val")
+
+    def finish(self) -> dict:
+        """The best model on the test conversations."""
+        model = GPT.from_pretrained(self.flags.out / "best").to(self.runtime.device).eval()
+        self.core = model
+        return {"rows": len(self.rows["train"]), **self._report(model, "test"),
+                **word_for_word(model, self.tokenizer, self.rows["test"])}

@@ -1,0 +1,103 @@
+"""dialogue.py: gymnasium's contract, one dialogue a seed, pairs of numbers that no other split has.
+
+Gymnasium itself is asked where it is installed.
+"""
+
+import inspect
+import itertools
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanokl import UserError
+from nanokl.dialogue import SPLITS, WORDS, Arithmetic, last_number, split_of
+
+
+def test_a_dialogue_from_the_article():
+    env = Arithmetic(languages=("zh",))
+    obs, info = env.reset(seed=0, options={"a": 2, "b": 3, "question": 0})
+    assert obs == ({"role": "user", "content": "如何计算两个数的和:2和3?"},)
+    assert info == {"a": 2, "b": 3, "language": "zh", "model_reply": "2 + 3 = 5"}
+    obs, reward, terminated, truncated, info = env.step(info["model_reply"])
+    assert [m["content"] for m in obs[1:]] == ["2 + 3 = 5", "谢谢。"]
+    assert (reward, terminated, truncated) == (1.0, True, False)
+    with pytest.raises(UserError, match="is over: call reset"):
+        env.step("5")
+
+
+def test_wrong_replies_get_another_try_and_then_it_is_cut_off():
+    env = Arithmetic(turns=2, languages=("en",))
+    with pytest.raises(UserError, match="has not begun"):
+        env.step("5")
+    _, info = env.reset(seed=1)
+    wrong = str(info["a"] + info["b"] + 1)
+    obs, *rest = env.step(wrong)
+    assert rest[:3] == [0.0, False, False] and obs[-1]["content"] == "No, try again."
+    assert env.step("no idea")[1:4] == (0.0, False, True)
+    env.reset(seed=1)
+    env.step(wrong)
+    assert env.step(info["model_reply"])[1:4] == (1.0, True, False)  # solved at the last try
+    assert len(env.messages) == 5
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 2**32), st.sampled_from(list(SPLITS)))
+def test_all_chance_is_in_the_seed(seed, split):
+    one, two = Arithmetic(split, turns=3), Arithmetic(split, turns=3)
+    assert one.reset(seed=seed) == two.reset(seed=seed)
+    for reply in ("1000", "x", "7"):
+        a, b = one.step(reply), two.step(reply)
+        assert a == b
+        if a.terminated or a.truncated:
+            break
+    _, info = one.reset(seed=seed)
+    assert split_of(info["a"], info["b"]) == split
+
+
+def test_splits_share_no_pair():
+    """A hash of 5,050 pairs: its shares are off by .025 with odds below 1e-6."""
+    pairs = list(itertools.combinations_with_replacement(range(100), 2))
+    splits = [split_of(a, b) for a, b in pairs]
+    assert splits == [split_of(b, a) for a, b in pairs]
+    for name, (low, high) in SPLITS.items():
+        assert abs(splits.count(name) / len(pairs) - (high - low)) < 0.025
+    seen = {tuple(sorted((info["a"], info["b"]))) for seed in range(300)
+            for info in [Arithmetic("test").reset(seed=seed)[1]]}
+    assert {split_of(*pair) for pair in seen} == {"test"} and len(seen) > 100
+
+
+def test_every_question_can_be_asked():
+    env, asked = Arithmetic(), set()
+    for seed in range(200):
+        obs, info = env.reset(seed=seed)
+        asked.add((info["language"], re.sub(r"\d+", "#", obs[0]["content"])))
+    wanted = {(name, q.format(a="#", b="#")) for name, w in WORDS.items() for q in w.questions}
+    assert wanted <= asked
+
+
+@pytest.mark.parametrize(("text", "number"), [
+    ("2 + 3 = 5", 5), ("5", 5), ("the sum is 05.", 5), ("５", 5), ("5 + 2", 2), ("", None),
+    ("five", None), ("9" * 30, None), ("-5", 5), ("1,234", 234),
+])  # fmt: skip
+def test_last_number(text, number):
+    assert last_number(text) == number
+
+
+def test_bad_settings():
+    for fields, says in (({"split": "all"}, "split is 'all'"), ({"languages": ("fr",)}, "en, zh"),
+                         ({"languages": ()}, "languages"), ({"highest": 3}, "highest is 3"),
+                         ({"turns": 0}, "turns 0")):
+        with pytest.raises(UserError, match=says):
+            Arithmetic(**fields)
+
+
+def test_gymnasiums_signatures():
+    reset = inspect.signature(Arithmetic.reset).parameters
+    assert [(p.name, p.kind.name) for p in reset.values()][1:] == [
+        ("seed", "KEYWORD_ONLY"), ("options", "KEYWORD_ONLY")]
+    gymnasium = pytest.importorskip("gymnasium")
+    theirs = inspect.signature(gymnasium.Env.reset).parameters
+    assert {n: p.kind for n, p in theirs.items()} == {n: p.kind for n, p in reset.items()}
+    assert list(inspect.signature(gymnasium.Env.step).parameters) == ["self", "action"]
