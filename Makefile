@@ -101,7 +101,7 @@ $(RUN)/ppo-0.4/summary.json: | $(RUN)/reward/summary.json
 # keeps it from collapse
 VAE_tiny := --steps 20 --eval_every 10 --n_layer 2 --iwae_samples 2
 train_vae = $(PY) train_pretrain.py vae --data $(DATA) --out $(RUN)/vae/$(1) $(VAE_$(BUDGET)) $(call go_on,vae/$(1))
-vae: $(RUN)/vae/latent/summary.json $(RUN)/vae/collapsed/summary.json ## 15   VAE language model, beside one without z and one that collapses
+vae: $(RUN)/vae/latent/summary.json $(RUN)/vae/collapsed/summary.json ## 32   VAE language model, beside one without z and one that collapses
 	$(PY) -m nanokl report $(RUN)
 $(RUN)/vae/plain/summary.json: | $(DATA)/meta.json
 	$(call train_vae,plain) --n_latent 0 --word_dropout 0

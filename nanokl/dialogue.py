@@ -61,6 +61,19 @@ def last_number(text: str) -> int | None:
     return int(digits[-1]) if digits and len(digits[-1]) < 20 else None
 
 
+def right(ids: list[list[int]], texts: list[str]) -> list[float]:
+    """A reward function: 1 where a reply ends on the sum of the two numbers in the question.
+
+    What follows the last <|assistant|> is the reply, the two numbers before it the question's.
+    """
+    scores = []
+    for text in texts:
+        question, _, reply = text.rpartition("<|assistant|>")
+        asked = [int(x) for x in re.findall(r"\d+", question)[-2:]]
+        scores.append(float(last_number(reply) == sum(asked) and len(asked) == 2))
+    return scores
+
+
 @dataclass
 class Arithmetic:
     """A user asks for the sum of two numbers, and says whether the reply is right.

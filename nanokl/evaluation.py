@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanokl import UserError, checkpoint, ppo
+from nanokl import UserError, chat, checkpoint, ppo
 from nanokl.data import Shard
 from nanokl.gpt import GPT
 from nanokl.hf_tokenizer import load_tokenizer
@@ -19,11 +19,20 @@ from nanokl.shaping import score_shares, token_worth
 from nanokl.tokenizer import Tokenizer
 
 
+class WholePrompts(list):
+    """Token lists that are prompts as they are; of other texts the first few tokens are."""
+
+
 def prompt_docs(folder: Path, split: str, domains: str, tokenizer: Tokenizer) -> list[list[int]]:
     """Token lists of the snippets of some domains, or of any prepared corpus.
 
-    A corpus in another model's tokens comes over as text.
+    A corpus in another model's tokens comes over as text. Of conversations, what the user says
+    first, where the assistant is to reply.
     """
+    if (folder / chat.FILE).is_file():
+        talks = chat.load_conversations(folder, split)
+        return WholePrompts(chat.prompt(tokenizer, talk.messages[:1], 1 << 20)[0][1:]
+                            for talk in talks if talk.messages[0]["role"] == "user")
     if folder.is_dir() and not (folder / "judgements.jsonl").exists():
         theirs = load_tokenizer(folder)
         shard = Shard.open(folder / f"{split}.bin", theirs)
@@ -57,13 +66,19 @@ def draw_prompts(docs: list[list[int]], n: int, config: ppo.SamplingConfig, *, s
     """n prompts: `start` and the first few tokens of a random text, of ragged length.
 
     Lengths are uniform on min_prompt..max_prompt; a text always has more tokens than its prompt.
+    Of `WholePrompts` those that are not longer than max_prompt, as they are.
     """
-    docs = [doc for doc in docs if len(doc) > config.max_prompt]
+    if whole := isinstance(docs, WholePrompts):
+        docs = [doc for doc in docs if len(doc) <= config.max_prompt]
+    else:
+        docs = [doc for doc in docs if len(doc) > config.max_prompt]
     if not docs or not 0 < config.min_prompt <= config.max_prompt:
         raise UserError(f"no prompts of {config.min_prompt} to {config.max_prompt} tokens can be "
                         f"cut from the {len(docs)} texts of one split that are longer: lower "
-                        "--max_prompt or widen --domains")
+                        "--max_prompt or widen --domains; what users say has to fit: raise it")
     which = torch.randint(len(docs), (n,), generator=rng).tolist()
+    if whole:
+        return [[start, *docs[i]] for i in which]
     span = (config.min_prompt, config.max_prompt + 1)
     length = torch.randint(*span, (n,), generator=rng).tolist()
     return [[start, *docs[i][:k]] for i, k in zip(which, length, strict=True)]

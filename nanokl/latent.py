@@ -29,7 +29,7 @@ from nanokl.tokenizer import Tokenizer
 from nanokl.vae import VAE, Given, gaussian_kl, reparametrise
 
 ACTIVE = 0.01  # least variance of an active unit's mean (Burda et al.)
-ROWS = 1024  # texts times samples that are read at once
+ROWS = 256  # texts times samples that are read at once
 Batches = Iterable[tuple[Tensor, Tensor]]  # idx (B, T), mask (B, T)
 
 

@@ -19,6 +19,7 @@ from nanokl.metrics import duration, write_json, write_text
 from nanokl.report_tables import (
     Stage,
     heads,
+    latent_stages,
     latents,
     number,
     policies,
@@ -115,7 +116,8 @@ def merge(run: Path, stages: dict[str, Stage]) -> dict:
 
 def command(stage: str, flags: dict) -> str:
     """The command line that has these flags, to be pasted into a shell."""
-    words = ["python", *STAGES[stage][0].split()]
+    program = "train_pretrain.py vae" if stage.startswith("vae/") else STAGES[stage][0]
+    words = ["python", *program.split()]
     for name, value in {**flags, "resume": None}.items():  # a repeat starts afresh
         if value is not None:  # None is always the default
             switch = f"--{name}" if value else f"--no-{name}"
@@ -152,7 +154,7 @@ def write_report(run: Path) -> Path:
     """Write RUN/report.html, summary.json, figures/*.png; UserError: no stage, a damaged file."""
     run = Path(run)
     stages = {name: read_stage(run / name) for name in STAGES}
-    latent = latents(run)
+    latent = latent_stages(run)
     if not latent and not any(stage.summary or stage.rows for stage in stages.values()):
         raise UserError(f"{run} holds no stage to report: looked for {', '.join(STAGES)} with a "
                         "summary.json or metrics.jsonl; give the folder above them, or train first")
@@ -164,21 +166,23 @@ def write_report(run: Path) -> Path:
     sections[STAGES["reward"][1]] += agreement(stages["reward"].summary)
     body = "".join(f'<h2>{heading}</h2><div class="figures">{items}</div>\n'
                    for heading, items in sections.items() if items)
-    body += heads(run) + ways(named) + latent
-    merged = merge(run, stages)
+    body += heads(run) + ways(named) + latents(run, latent)
+    merged = merge(run, stages | latent)
     write_json(run / "summary.json", merged)
-    write_text(run / "report.html", page(run, stages, merged["wall_seconds"], body))
+    write_text(run / "report.html", page(run, stages, latent, merged["wall_seconds"], body))
     return run / "report.html"
 
 
-def page(run: Path, stages: dict[str, Stage], wall_seconds: float, body: str) -> str:
+def page(run: Path, stages: dict[str, Stage], latent: dict[str, Stage], wall_seconds: float,
+         body: str) -> str:
     """The whole page around the sections."""
-    known = {k: str(v) for stage in stages.values() for k, v in stage.summary.items()}
+    known = {k: str(v) for s in (latent | stages).values() for k, v in s.summary.items()}
     about = [str(run), *(known[key] for key in ("date", "machine") if key in known),
              f"{duration(wall_seconds)} in all"]
-    absent = ", ".join(name for name, stage in stages.items() if known and not stage.summary)
+    begun = any(stage.summary or stage.rows for stage in stages.values())
+    absent = ", ".join(name for name, stage in stages.items() if begun and not stage.summary)
     note = f"<p><b>Not finished, no summary yet: {absent}.</b></p>" if absent else ""
-    commands = "\n".join(command(name, s.flags) for name, s in stages.items() if s.flags)
+    commands = "\n".join(command(name, s.flags) for name, s in (stages | latent).items() if s.flags)
     css = Path(__file__).with_name("report.css").read_text("utf-8")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>nanokl report: {escape(run.name)}</title>

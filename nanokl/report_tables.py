@@ -110,19 +110,23 @@ def heads(run: Path) -> str:
     return f"<h2>Other heads</h2>{table('numbers', head, rows)}" if rows else ""
 
 
-def latents(run: Path) -> str:
-    """The VAEs RUN/vae/*: what z carries, beside the plain language model, and over training."""
+def latent_stages(run: Path) -> dict[str, Stage]:
+    """The VAEs RUN/vae/* that are done."""
+    found = {f"vae/{folder.name}": read_stage(folder)
+             for folder in sorted((run / "vae").glob("*/"))}
+    return {name: stage for name, stage in found.items() if stage.summary}
+
+
+def latents(run: Path, stages: dict[str, Stage]) -> str:
+    """What z carries, beside the plain language model, and over training."""
     rows, over_time = [], []
-    for folder in sorted((run / "vae").glob("*/")):
-        s, log, flags = read_stage(folder)
-        if not s:
-            continue
+    for name, (s, log, flags) in stages.items():
+        name = name.removeprefix("vae/")
         if flags.get("n_latent"):
-            over_time += [{"step": row["step"], folder.name: row["val_kl_nats_per_sequence"]}
+            over_time += [{"step": row["step"], name: row["val_kl_nats_per_sequence"]}
                           for row in log if "val_kl_nats_per_sequence" in row]
         cells = [(f"{key}_nats_per_sequence", spec) for _, key, spec in LATENT]
-        rows.append([folder.name, *(number(s.get(key), spec, s.get(f"{key}_se"))
-                                    for key, spec in cells),
+        rows.append([name, *(number(s.get(key), spec, s.get(f"{key}_se")) for key, spec in cells),
                      number(s.get("active_units"), "d"), minutes(s)])
     if not rows:
         return ""

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanokl import UserError
-from nanokl.dialogue import SPLITS, WORDS, Arithmetic, last_number, split_of
+from nanokl.dialogue import SPLITS, WORDS, Arithmetic, last_number, right, split_of
 
 
 def test_a_dialogue_from_the_article():
@@ -83,6 +83,21 @@ def test_every_question_can_be_asked():
 ])  # fmt: skip
 def test_last_number(text, number):
     assert last_number(text) == number
+
+
+def test_the_reward_of_a_written_dialogue():
+    ask, reply = "<|user|> What is 7 plus 5?", "<|assistant|> 7 + 5 = "
+    texts = [f"{ask}{reply}12", f"{ask}{reply}13", f"{ask}{reply}", ask, "12",
+             f"{ask}{reply}13<|user|> No, try again.<|assistant|> 12",
+             "<|user|> 7加5等于多少?<|assistant|> 12。", f"{ask}<|assistant|> 12 + 0"]
+    assert right([[]] * len(texts), texts) == [1, 0, 0, 0, 0, 0, 1, 0]
+    for seed in range(50):  # the environment agrees
+        env = Arithmetic()
+        obs, info = env.reset(seed=seed)
+        for reply in (info["model_reply"], "7"):
+            env.reset(seed=seed)
+            text = f"<|user|> {obs[0]['content']}<|assistant|> {reply}"
+            assert right([[]], [text]) == [env.step(reply).reward]
 
 
 def test_bad_settings():

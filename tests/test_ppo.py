@@ -5,6 +5,7 @@ responses a prompt. There E[score] - beta KL, its gradient and its maximum beta 
 """
 
 import itertools
+import json
 import math
 from dataclasses import replace
 
@@ -14,8 +15,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanokl import UserError
-from nanokl.evaluation import draw_prompts
+from nanokl import UserError, chat
+from nanokl.evaluation import draw_prompts, prompt_docs
 from nanokl.generate import Rollout
 from nanokl.gpt import GPT
 from nanokl.kl import BetaController
@@ -37,7 +38,7 @@ from nanokl.ppo import (
     value_loss,
 )
 from nanokl.runtime import Runtime, generator
-from nanokl.tokenizer import Tokenizer
+from nanokl.tokenizer import Tokenizer, train_bpe
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 BF16 = Runtime(torch.device("cpu"), torch.bfloat16)
@@ -295,6 +296,26 @@ def test_prompts_are_ragged_prefixes_of_random_texts():
     again = draw_prompts(docs, 5000, config, start=0, rng=generator(0, "prompts"))
     other = draw_prompts(docs, 5000, config, start=0, rng=generator(1, "prompts"))
     assert again == prompts and other != prompts
+
+
+def test_what_users_say_is_a_prompt_as_it_is(tmp_path):
+    tokenizer = train_bpe("what is 7 plus 5? thank you. " * 9, 300, specials=chat.CHAT_SPECIALS)
+    say = lambda role, text: {"role": role, "content": text}  # noqa: E731
+    talks = [[say("user", "what is 7 plus 5?"), say("assistant", "12"), say("user", "thank you.")],
+             [say("assistant", "hello")], [say("user", "7?")]]
+    (tmp_path / chat.FILE).write_text("".join(json.dumps({"messages": m}) + "\n" for m in talks))
+    docs = prompt_docs(tmp_path, "train", "movie", tokenizer)
+    user, assistant = map(tokenizer.special, chat.TURNS.values())
+    assert docs == [[user, *tokenizer.encode(" what is 7 plus 5?"), assistant],
+                    [user, *tokenizer.encode(" 7?"), assistant]]
+    prompts = draw_prompts(docs, 40, SamplingConfig(min_prompt=1, max_prompt=len(docs[0])),
+                           start=0, rng=generator(0))
+    assert {tuple(p) for p in prompts} == {(0, *doc) for doc in docs}
+    short = draw_prompts(docs, 9, SamplingConfig(min_prompt=1, max_prompt=len(docs[0]) - 1),
+                         start=0, rng=generator(0))
+    assert short == 9 * [[0, *docs[1]]]
+    with pytest.raises(UserError, match="what users say has to fit: raise it"):
+        draw_prompts(docs, 9, SamplingConfig(min_prompt=1, max_prompt=1), start=0, rng=generator(0))
 
 
 @pytest.mark.parametrize("field", ["min_prompt", "max_new_tokens", "temperature", "minibatch"])

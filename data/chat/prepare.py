@@ -69,7 +69,7 @@ def read_all(flags: Flags) -> Corpus:
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     counts = {name: sum(row["source"] == name for row in rows) for name in RELEASES}
     return Corpus(texts, files={FILE: lines}, info={"conversations": counts, "licences": {
-        "chitchat": "MIT", "chatterbot": "BSD-3-Clause"}})
+        "chitchat": "MIT", "chatterbot": "BSD"}})
 
 
 def wheel(name: str, path: Path | None, sha256: str) -> zipfile.ZipFile:
