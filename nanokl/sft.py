@@ -138,17 +138,16 @@ class SFTTask:
                             "give more conversations")
         self.lengths = torch.tensor([len(ids) for ids, _ in self.rows["train"]])
 
-    def _measure(self, model, rows: Sequence[Row], **more):
-        """Of rows on the device: mask (B, T-1), log-probs of what the assistant says, KL if any."""
-        idx, mask = (x.to(self.runtime.device) for x in pack(rows, self.tokenizer.special(
-            "<|endoftext|>")))
+    def _measure(self, model, head: Tensor, rows: Sequence[Row]):
+        """idx (B, T), mask (B, T-1), hidden states, and log-probs of replies, with KL if asked."""
+        fill = self.tokenizer.special("<|endoftext|>")
+        idx, mask = (x.to(self.runtime.device) for x in pack(rows, fill))
         ref = None
         if self.ref is not None:
             with torch.no_grad():
                 ref = self.ref(idx[:, :-1]), self.ref.head.weight
         h = model(idx[:, :-1])
-        return idx, mask, h, linear_logprob(h, self.core.head.weight, idx[:, 1:], mask=mask,
-                                            ref=ref, **more)
+        return idx, mask, h, linear_logprob(h, head, idx[:, 1:], mask=mask, ref=ref)
 
     def loss(self, model, step: int) -> Tensor:
         """Nats a token of all processes' replies."""
@@ -157,7 +156,7 @@ class SFTTask:
         rows = [self.rows["train"][i] for i in mine.tolist()]
         total = sum(sum(said) for _, said in rows)
         with self.runtime.autocast():
-            *_, out = self._measure(model, self.runtime.shard(rows))
+            *_, out = self._measure(model, self.core.head.weight, self.runtime.shard(rows))
         nats = -out.logp.sum() if self.ref is None else (flags.kl_coef * out.kl - out.logp).sum()
         return nats * self.runtime.world / total
 
@@ -167,7 +166,7 @@ class SFTTask:
         rows = sorted(self.rows[split], key=lambda row: -len(row[0]))
         for i in range(0, len(rows), 128):
             with self.runtime.autocast():
-                idx, mask, h, out = self._measure(model, rows[i : i + 128])
+                idx, mask, h, out = self._measure(model, model.head.weight, rows[i : i + 128])
                 likeliest = model.logits(h[mask]).argmax(-1)
             nats -= out.logp.double().sum().item()
             kl += 0.0 if out.kl is None else out.kl.double().sum().item()
@@ -184,6 +183,5 @@ class SFTTask:
     def finish(self) -> dict:
         """The best model on the test conversations."""
         model = GPT.from_pretrained(self.flags.out / "best").to(self.runtime.device).eval()
-        self.core = model
         return {"rows": len(self.rows["train"]), **self._report(model, "test"),
                 **word_for_word(model, self.tokenizer, self.rows["test"])}
