@@ -74,12 +74,14 @@ class Conversation:
     """Messages in turn, and what people thought of them, by name; no ratings where none were."""
 
     id: str
+    split: str
     messages: list[dict]
     ratings: dict[str, list[float]]
 
 
-def load_conversations(folder: Path, split: str) -> list[Conversation]:
-    """One split of a data folder's conversations; UserError names the file and line at fault."""
+def load_conversations(folder: Path, split: str | None) -> list[Conversation]:
+    """One split of a data folder's conversations, None: all; UserError: the file and line at fault.
+    """
     path = Path(folder) / FILE if Path(folder).is_dir() else Path(folder)
     if not path.is_file():
         raise UserError(f"no conversations at {path}: run data/chat/prepare.py or "
@@ -95,14 +97,14 @@ def load_conversations(folder: Path, split: str) -> list[Conversation]:
             if not messages or any(m["role"] not in ROLES or not m["content"].strip()
                                    for m in messages):
                 raise ValueError(messages)
-            here = row.get("split", "train") == split
+            its_split = str(row.get("split", "train"))
             ratings = {str(k): [float(x) for x in v] for k, v in row.get("ratings", {}).items()}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path} line {number} is no conversation: give {{\"messages\": "
                             "[{\"role\": \"user\" or \"assistant\", \"content\": text}, ...]}"
                             ) from None
-        if here:
-            found.append(Conversation(str(row.get("id", number)), messages, ratings))
+        if split in (None, its_split):
+            found.append(Conversation(str(row.get("id", number)), its_split, messages, ratings))
     if not found:
         raise UserError(f"{path} has no conversation in the split {split}: prepare it again")
     return found

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanokl import UserError
+from nanokl import UserError, chat
 from nanokl.labelled import as_number, read_labelled
 from nanokl.runtime import generator
 
@@ -67,6 +67,8 @@ class Judgements:
             ids = [str(row.line) for row in rows]
             return cls(ids, np.zeros(len(rows), np.int64), ["text"], [row.text for row in rows],
                        values, np.ones(len(rows), np.int64))
+        if (path / chat.FILE).is_file():
+            return cls.of_conversations(path, split)
         path = path / "judgements.jsonl"
         if not path.is_file():
             raise UserError(f"no human ratings at {path}: make them with data/hutto/prepare.py")
@@ -90,6 +92,24 @@ class Judgements:
         padded[np.arange(padded.shape[1]) < n_ratings[:, None]] = np.concatenate(ratings)
         numbers = np.array([names.index(domain) for domain in domains])
         return cls(list(ids), numbers, names, list(texts), padded, n_ratings)
+
+    @classmethod
+    def of_conversations(cls, folder: Path, split: str) -> "Judgements":
+        """What people thought of whole conversations: a domain for each thing that they rated.
+
+        A text is what both have said, a line a turn. One rating each, so that there is no ceiling.
+        """
+        talks = chat.load_conversations(folder, None)
+        names = sorted({name for talk in talks for name in talk.ratings})
+        rows = [(talk, name, x) for talk in talks if talk.split == split
+                for name, values in sorted(talk.ratings.items()) for x in values]
+        if not rows:
+            raise UserError(f"no conversation of the split {split} in {folder} has ratings: give "
+                            "data/chat, or another folder with ratings")
+        texts = ["\n".join(m["content"] for m in talk.messages) for talk, *_ in rows]
+        return cls([f"{talk.id} {name}" for talk, name, _ in rows],
+                   np.array([names.index(name) for _, name, _ in rows]), names, texts,
+                   np.array([[x] for *_, x in rows], np.float32), np.ones(len(rows), np.int64))
 
 
 def _one_rating(j: Judgements, rows: np.ndarray, rng: torch.Generator):

@@ -27,6 +27,23 @@ def judgements(folder, by_domain, split="train"):
     return Judgements.load(folder, split)
 
 
+def test_ratings_of_conversations(tmp_path):
+    """Each thing that was rated is a domain; talks without ratings, and other splits, are none."""
+    say = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    rated = (("train", {"witty": [7], "mood": [2]}), ("train", {}), ("train", {"mood": [5]}),
+             ("test", {"interest": [1]}))
+    rows = [{"id": str(i), "split": split, "messages": say, "ratings": ratings}
+            for i, (split, ratings) in enumerate(rated)]
+    (tmp_path / "conversations.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    j = Judgements.load(tmp_path, "train")
+    assert j.domain_names == ["interest", "mood", "witty"] and j.domains.tolist() == [1, 2, 1]
+    assert j.ratings.tolist() == [[2], [7], [5]] and j.n_ratings.tolist() == [1, 1, 1]
+    assert j.texts == 3 * ["hi\nhello"] and j.ids == ["0 mood", "0 witty", "2 mood"]
+    assert Judgements.load(tmp_path, "test").ids == ["3 interest"]
+    with pytest.raises(UserError, match="no conversation of the split val .* has ratings"):
+        Judgements.load(tmp_path, "val")
+
+
 def test_load(tmp_path):
     j = judgements(tmp_path, RATINGS)
     flat = [ratings for lists in RATINGS.values() for ratings in lists]

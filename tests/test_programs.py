@@ -104,7 +104,7 @@ def made_up(sdist, tmp_path_factory) -> dict[str, list[str]]:
 def made_up_talks(folder: Path) -> list[Path]:
     """Wheels with the layout of chitchat-dataset and chatterbot-corpus."""
     said = [[[{"sender": str(k % 2), "text": f"turn {k} of talk {i}"}] for k in range(4)]
-            for i in range(60)]
+            for i in range(120)]
     talks = {str(i): {"messages": x, "ratings": {"witty": i % 10 + 1}} for i, x in enumerate(said)}
     files = [("chitchat.whl", "chitchat_dataset/dataset.json", json.dumps(talks)),
              ("chatterbot.whl", "chatterbot_corpus/data/chinese/a.yml",
@@ -416,7 +416,7 @@ def test_classes_and_ratings_of_a_file(python, others, tmp_path):
     python.ok(*stage("ppo", tmp_path / "ppo", "--data", path, "--reward", tmp_path / "rated"))
 
 
-def test_fine_tuning_on_conversations(python, made_up, tmp_path):
+def test_fine_tuning_on_conversations(python, demo, made_up, tmp_path):
     """A GPT of the same tokens first, then its answers, near it; then a talk of two languages."""
     gpt = [*stage("gpt", tmp_path / "gpt"), "--data", "data/arithmetic"]
     python.ok(*gpt)
@@ -432,8 +432,16 @@ def test_fine_tuning_on_conversations(python, made_up, tmp_path):
     assert torch.equal(before["wte.weight"], after["wte.weight"])  # --freeze
     python.ok("data/chat/prepare.py", *made_up["{wheels}"], "--out", tmp_path / "chat")
     meta = read(tmp_path / "chat" / "meta.json")
-    assert meta["conversations"] == {"chitchat": 60, "chatterbot": 60}
+    assert meta["conversations"] == {"chitchat": 120, "chatterbot": 60}
     python.ok(*stage("sft", tmp_path / "talk"), "--data", tmp_path / "chat")
+    # what people thought of the talks is a reward model's data; a policy of talks reads its prompts
+    rated = stage("reward", tmp_path / "rated", "--max_prompt", 30, "--max_new_tokens", 8)
+    python.ok(*rated, "--data", tmp_path / "chat", "--policy", tmp_path / "gpt")
+    s = read(tmp_path / "rated" / "summary.json")
+    assert list(s["domains"]) == ["witty"] and s["human_ceiling"] is None
+    assert 0 <= s["pair_accuracy"] <= 1
+    rated = stage("reward", tmp_path / "none")
+    python.fails(*rated, "--data", "data/arithmetic", says="has ratings")
 
 
 def test_latent_variables(python, demo, tmp_path):

@@ -23,7 +23,7 @@ END = TOKENIZER.special("<|endoftext|>")
 
 def talk(*contents, first=0):
     roles = ("user", "assistant")
-    return Conversation("x", [{"role": roles[(i + first) % 2], "content": c}
+    return Conversation("x", "train", [{"role": roles[(i + first) % 2], "content": c}
                               for i, c in enumerate(contents)], {})  # fmt: skip
 
 
