@@ -9,6 +9,7 @@ tools.
 """
 
 import json
+import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,7 +100,9 @@ def load_conversations(folder: Path, split: str | None) -> list[Conversation]:
                 raise ValueError(messages)
             its_split = str(row.get("split", "train"))
             ratings = {str(k): [float(x) for x in v] for k, v in row.get("ratings", {}).items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
+            if not all(math.isfinite(x) for v in ratings.values() for x in v):
+                raise ValueError(ratings)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             raise UserError(f"{path} line {number} is no conversation: give {{\"messages\": "
                             "[{\"role\": \"user\" or \"assistant\", \"content\": text}, ...]}"
                             ) from None

@@ -2,7 +2,7 @@
 
     log p(x) >= ELBO(x) = E_q(z|x) [log p(x | z)] - KL(q(z | x) || p(z))
 
-Below the names it is the bound of RLHF, at beta 1, and bayes.py has both: z stands where a text
+It is the bound of RLHF under other names, at beta 1, and bayes.py has both: z stands where a text
 stood, p(z) is the reference, log p(x | z) the score, q(z | x) the policy, p(z | x) the posterior,
 log p(x) is log Z. A q that is p(z) whatever the text is a policy that has never left its reference:
 a decoder that can do without z lets that happen, which is called collapse (Bowman et al.,

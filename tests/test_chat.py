@@ -96,6 +96,9 @@ def test_load_conversations(tmp_path):
     '{"messages": [{"role": "system", "content": "x"}]}', '{"messages": 3}', "\xff",
     '{"messages": [{"role": "user", "content": " "}]}',
     '{"messages": [{"role": "user", "content": "x"}], "ratings": {"witty": "three"}}',
+    '{"messages": [{"role": "user", "content": "x"}], "ratings": {"witty": [NaN]}}',
+    '{"messages": [{"role": "user", "content": "x"}], "ratings": {"witty": [1' + 400 * "0" + "]}}",
+    100_000 * "[",
 ])  # fmt: skip
 def test_malformed_lines_are_named(tmp_path, line):
     good = json.dumps({"messages": TALK})
