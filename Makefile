@@ -60,13 +60,13 @@ help: ## 0    this list
 
 setup: $(VENV) ## 0.5  .venv with the pinned packages
 
-test: $(VENV) ## 4.4  all tests
+test: $(VENV) ## 5.0  all tests
 	$(PY) -m pytest
 
 lint: $(VENV) ## 0.1  ruff
 	$(PY) -m ruff check .
 
-check: lint test ## 4.5  what CI runs: lint and test
+check: lint test ## 5.1  what CI runs: lint and test
 
 demo: $(VENV) ## 8.4  the whole story, from data to report, in runs/demo (replaced)
 	rm -rf runs/demo && mkdir -p runs/demo && date +%s > runs/demo/started
@@ -104,11 +104,11 @@ train_vae = $(PY) train_pretrain.py vae --data $(DATA) --out $(RUN)/vae/$(1) $(V
 vae: $(RUN)/vae/latent/summary.json $(RUN)/vae/collapsed/summary.json ## 32   VAE language model, beside one without z and one that collapses
 	$(PY) -m nanokl report $(RUN)
 $(RUN)/vae/plain/summary.json: | $(DATA)/meta.json
-	$(call train_vae,plain) --n_latent 0 --word_dropout 0
+	$(call train_vae,plain) --n_latent 0
 $(RUN)/vae/latent/summary.json: | $(RUN)/vae/plain/summary.json
 	$(call train_vae,latent) --lm $(RUN)/vae/plain
 $(RUN)/vae/collapsed/summary.json: | $(RUN)/vae/plain/summary.json
-	$(call train_vae,collapsed) --lm $(RUN)/vae/plain --free_bits 0 --kl_warmup 0 --word_dropout 0
+	$(call train_vae,collapsed) --lm $(RUN)/vae/plain --free_bits 0 --kl_warmup 0
 
 # others' encoder in the place of ours
 MINILM := data/minilm/model

@@ -61,7 +61,7 @@ class Sample:
 class Interpolate:
     """Texts on the way from one to another, through the z of a VAE."""
 
-    run: Annotated[Path, tyro.conf.Positional]  # a VAE's run, such as runs/main/vae/vae
+    run: Annotated[Path, tyro.conf.Positional]  # a VAE's run, such as runs/main/vae/latent
     first: Annotated[str, tyro.conf.Positional]
     last: Annotated[str, tyro.conf.Positional]
     steps: int = 7  # texts, both ends included

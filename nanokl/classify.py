@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanokl import UserError, checkpoint, figures, require_types, training, trunks
-from nanokl.data import text_batch
+from nanokl.data import shuffled, text_batch
 from nanokl.hf_tokenizer import load_tokenizer
 from nanokl.judgements import Judgements
 from nanokl.labelled import read_labelled
@@ -144,10 +144,7 @@ class ClassTask:
         """Of this process's texts of a step: a pass over all of them, then another, shuffled."""
         flags, (texts, labels) = self.flags, self.splits["train"]
         size, n = flags.n_groups * flags.group_size, len(texts)
-        places = torch.arange(step * size, (step + 1) * size)
-        orders = {e: torch.randperm(n, generator=generator(flags.seed, "texts", e))
-                  for e in (places // n).unique().tolist()}
-        rows = torch.stack([orders[int(p) // n][int(p) % n] for p in places])
+        rows = shuffled(n, step * size, size, seed=flags.seed, stream="texts")
         rng = generator(flags.seed, "words", step)
         block_size = self.core.block_size
         hide = torch.rand(size, block_size, generator=rng) < flags.word_dropout

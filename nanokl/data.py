@@ -113,6 +113,12 @@ def _epoch(n: int, seed: int, stream: str, epoch: int) -> tuple[np.ndarray, np.n
     return order.numpy(), torch.rand(n, generator=rng, dtype=torch.float64).numpy()
 
 
+def shuffled(n: int, first: int, count: int, *, seed: int, stream: str) -> Tensor:
+    """Places first, ..., first + count - 1 of the endless shuffle of n things: all, then again."""
+    places = np.arange(first, first + count)
+    return torch.tensor([_epoch(n, seed, stream, int(p) // n)[0][p % n] for p in places])
+
+
 @lru_cache(maxsize=2)
 def _first_windows(shard: Shard, skip: int, size: int) -> np.ndarray:
     """(n_docs + 1,) the number of each document's first window; a memo, being O(n_docs).

@@ -106,6 +106,8 @@ class Arithmetic:
             a, b = (int(x) for x in rng.integers(self.highest + 1, size=2))
         a, b = given.get("a", a), given.get("b", b)
         language = given.get("language", self.languages[int(rng.integers(len(self.languages)))])
+        if language not in WORDS:
+            raise UserError(f"language is {language!r}: give one of {', '.join(WORDS)}")
         self.words = WORDS[language]
         question = given.get("question", int(rng.integers(len(self.words.questions))))
         self.messages = [_say("user", self.words.questions[question].format(a=a, b=b))]

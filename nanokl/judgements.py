@@ -61,13 +61,17 @@ class Judgements:
         Raters are anonymous, so that one person may have given some of either half.
         """
         path = Path(folder)
+        talks = (path / chat.FILE).is_file()
+        if raters != "all" and (talks or path.is_file()):
+            raise UserError(f"raters is {raters!r}, but what is rated in {path} has one rating "
+                            "each: give all")
         if path.is_file():
             rows = [row for row in read_labelled(path) if row.split == split]
             values = np.array([[as_number(row, path)] for row in rows], np.float32)
             ids = [str(row.line) for row in rows]
             return cls(ids, np.zeros(len(rows), np.int64), ["text"], [row.text for row in rows],
                        values, np.ones(len(rows), np.int64))
-        if (path / chat.FILE).is_file():
+        if talks:
             return cls.of_conversations(path, split)
         path = path / "judgements.jsonl"
         if not path.is_file():

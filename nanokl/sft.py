@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nanokl import UserError, checkpoint, require_positive, training
 from nanokl.chat import TURNS, Conversation, encode_turn, load_conversations
+from nanokl.data import BUCKET, shuffled
 from nanokl.generate import generate
 from nanokl.gpt import GPT, GPTConfig
 from nanokl.hf_tokenizer import load_tokenizer
@@ -24,7 +25,6 @@ from nanokl.logprob import linear_logprob
 from nanokl.metrics import mean_se
 from nanokl.runtime import Runtime, generator
 
-BUCKET = 16  # steps whose rows are sorted by length together, so that little is padding
 Row = tuple[list[int], list[bool]]  # ids, and which of them the assistant has said
 
 
@@ -69,11 +69,8 @@ def rows_of(tokenizer, talks: Sequence[Conversation], block_size: int) -> list[R
 
 def which_rows(lengths: Tensor, step: int, *, batch_size: int, seed: int) -> Tensor:
     """A step's rows (batch_size,), of like length: all of them, shuffled, then all again."""
-    n, (bucket, turn) = len(lengths), divmod(step, BUCKET)
-    places = torch.arange(bucket * BUCKET * batch_size, (bucket + 1) * BUCKET * batch_size)
-    orders = {e: torch.randperm(n, generator=generator(seed, "talks", e))
-              for e in (places // n).unique().tolist()}
-    rows = torch.stack([orders[int(p) // n][int(p) % n] for p in places])
+    (bucket, turn), size = divmod(step, BUCKET), BUCKET * batch_size
+    rows = shuffled(len(lengths), bucket * size, size, seed=seed, stream="talks")
     by_length = rows[lengths[rows].argsort(stable=True)].view(BUCKET, batch_size)
     return by_length[torch.randperm(BUCKET, generator=generator(seed, "turns", bucket))[turn]]
 

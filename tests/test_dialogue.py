@@ -106,6 +106,8 @@ def test_bad_settings():
                          ({"turns": 0}, "turns 0")):
         with pytest.raises(UserError, match=says):
             Arithmetic(**fields)
+    with pytest.raises(UserError, match="language is 'fr': give one of en, zh"):
+        Arithmetic().reset(seed=0, options={"language": "fr"})
 
 
 def test_gymnasiums_signatures():

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from nanokl import UserError, checkpoint
 from nanokl.chat import CHAT_SPECIALS, Conversation, encode
+from nanokl.data import BUCKET
 from nanokl.gpt import GPT, GPTConfig
 from nanokl.runtime import Runtime, generator
-from nanokl.sft import BUCKET, SFTConfig, SFTTask, pack, rows_of, which_rows, word_for_word
+from nanokl.sft import SFTConfig, SFTTask, pack, rows_of, which_rows, word_for_word
 from nanokl.tokenizer import train_bpe
 
 CPU = Runtime(torch.device("cpu"), torch.float32, 0, 1)

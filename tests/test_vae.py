@@ -193,8 +193,8 @@ def test_document_rows_are_documents(tmp_path):
 
 # ---------------------------------------------------------------------------------------- bounds
 def test_bound_against_quadrature():
-    """One number in z: log p(x) by summing over a grid, in float64."""
-    vae, (idx, mask) = make(n_latent=1, n_layer=1).double(), texts(3)
+    """One number in z: log p(x) by summing over a grid, in float64; the bound's s.e. is .007."""
+    vae, (idx, mask), n = make(n_latent=1, n_layer=1).double(), texts(3), 100_000
     grid = torch.linspace(-12, 12, 2401, dtype=torch.float64)[:, None]
     log_p = normal_log_prob(grid)
     exact = torch.stack([(log_p - text_nll(vae, x.expand(2401, -1), m.expand(2401, -1), grid)
@@ -202,12 +202,12 @@ def test_bound_against_quadrature():
     exact += math.log(24 / 2400)
     with torch.no_grad():
         mu, logvar = (x.double() for x in vae.encode(idx, mask))
-        log_w, nll = sampled_log_weights(vae, idx, mask, mu, logvar, 5000, generator(0))
-    assert ((log_w.logsumexp(1) - math.log(5000) - exact).abs() < 0.05).all()
+        log_w, nll = sampled_log_weights(vae, idx, mask, mu, logvar, n, generator(0))
+    assert ((log_w.logsumexp(1) - math.log(n) - exact).abs() < 0.01).all()
     assert (log_w.mean(1) < exact).all()
     kl = gaussian_kl(mu, logvar).sum(1)  # two ways to the same bound; the odds: 5 s.e.
     difference = log_w.mean(1) + nll.mean(1) + kl
-    se = (log_w + nll).std(1) / 5000**0.5
+    se = (log_w + nll).std(1) / n**0.5
     assert (difference.abs() < 5 * se + 1e-9).all()
     # more samples, a better bound, in the mean
     means = [(log_w.view(3, -1, k).logsumexp(2) - math.log(k)).mean(1) for k in (1, 4, 20, 100)]
