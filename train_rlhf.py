@@ -14,27 +14,18 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from nanokl import (
-    UserError,
-    checkpoint,
-    metrics,
-    optim,
-    ppo,
-    require_positive,
-    reward,
-    sft,
-    trainers,
-    training,
-)
+from nanokl import UserError, metrics, optim, ppo, require_positive, trainers, training
 from nanokl import runtime as rt
 from nanokl.classify import ClassTask
 from nanokl.comparisons import RewardTask
-from nanokl.evaluation import Stage, batch_metrics, compare, load_gpt, prompt_docs
+from nanokl.evaluation import Stage, batch_metrics, compare, open_stage
 from nanokl.gpt import GPT
 from nanokl.kl import BetaController
 from nanokl.posterior import Ruler, brief, check_samples, whole_account
+from nanokl.rollout import SamplingConfig
+from nanokl.sft import SFTConfig, SFTTask
+from nanokl.supervise import supervise
 
 
 @dataclass(kw_only=True)
@@ -71,7 +62,7 @@ class Supervised(Flags):
 
 
 @dataclass(kw_only=True)
-class RewardFlags(Supervised, ppo.SamplingConfig):
+class RewardFlags(Supervised, SamplingConfig):
     """A head on a pretrained trunk, learnt from single raters' comparisons, ratings or classes."""
 
     init: Path  # the trunk: a run or a Hugging Face folder of BERT or GPT-2
@@ -93,7 +84,7 @@ class RewardFlags(Supervised, ppo.SamplingConfig):
 
     def __post_init__(self):
         Supervised.__post_init__(self)
-        ppo.SamplingConfig.__post_init__(self)
+        SamplingConfig.__post_init__(self)
         require_positive(self, "n_samples", "members", "trunk_lr")
         if (self.policy is None) != (self.objective == "classes"):
             raise UserError(f"--policy is {self.policy} and --objective {self.objective}: scores "
@@ -104,7 +95,7 @@ class RewardFlags(Supervised, ppo.SamplingConfig):
 
 
 @dataclass(kw_only=True)
-class SFTFlags(Supervised, sft.SFTConfig):
+class SFTFlags(Supervised, SFTConfig):
     """What an assistant says in conversations: supervised fine-tuning."""
     steps: int = 600  # gradient steps
     lr: float = 1e-3
@@ -112,7 +103,7 @@ class SFTFlags(Supervised, sft.SFTConfig):
 
     def __post_init__(self):
         Supervised.__post_init__(self)
-        sft.SFTConfig.__post_init__(self)
+        SFTConfig.__post_init__(self)
 
 
 @dataclass(kw_only=True)
@@ -120,9 +111,10 @@ class PPOFlags(Flags, trainers.TrainerConfig):
     """From a pretrained GPT towards its posterior: KL-penalised PPO, or another --method."""
 
     policy: Path  # the GPT run, or GPT-2 folder, to start from; it stays the reference
-    reward: str  # a reward run, or FILE.py:FUNCTION
+    reward: str | None = None  # a reward run, or FILE.py:FUNCTION; --env may pay by itself
     gold: str | None = None  # another one that only watches: what the first was to stand for
     steps: int = 40  # batches of rollouts
+    warmup: int = 2  # batches of linear warm-up
     batch: int = 256  # episodes a batch, over all processes
     lr: float = 4e-4
     muon_lr: float = 4e-4
@@ -146,6 +138,9 @@ class PPOFlags(Flags, trainers.TrainerConfig):
         trainers.TrainerConfig.__post_init__(self)
         require_positive(self, "batch", "kl_target", "save_every", "eval_every",
                          "posterior_prompts")
+        if self.reward is None and self.env is None:
+            raise UserError("neither reward nor env is given: give --reward RUN or FILE.py:FUNCTION"
+                            ", or --env nanokl/dialogue.py:arithmetic")
         if not 0 <= self.beta < math.inf or self.n_eval < 2:
             raise UserError(f"beta is {self.beta}, n_eval {self.n_eval}: give at least 0 and 2")
         if self.posterior_samples:
@@ -156,64 +151,6 @@ class PPOFlags(Flags, trainers.TrainerConfig):
         if self.beta == 0 and self.method in ("dpo", "dpg", "sft"):
             raise UserError(f"beta is 0, and {self.method} divides by it: give a number above 0, "
                             "or --method ppo, rloo or grpo")
-
-
-def supervise(flags: RewardFlags | SFTFlags) -> None:
-    """The whole run: judgements or replies, early stop on validation, test numbers."""
-    # 1. Model, data, yardstick (wrong flags show), optimisers; on --resume their state.
-    runtime = rt.setup(flags.device, flags.dtype)
-    kinds = {"sft": sft.SFTTask, "classes": ClassTask}
-    task = kinds.get(getattr(flags, "objective", "sft"), RewardTask)(flags, runtime)
-    core, tokenizer = task.core, task.tokenizer
-    speed = {name: flags.trunk_lr for name, _ in core.named_parameters() if "trunk." in name}
-    optimizers = optim.make_optimizers(core, lr=flags.lr, muon_lr=flags.muon_lr, betas=(0.9, 0.98),
-                                       weight_decay=flags.weight_decay, dtype=runtime.dtype,
-                                       speed=speed)
-    average = AveragedModel(core, multi_avg_fn=get_ema_multi_avg_fn(0.98))  # steadier than core
-    metric = f"val_{task.metric}"
-    start, best, last = 0, {"step": 0, metric: -1.0}, False
-    if training.open_run(flags, runtime):
-        state = training.load_last(flags.out, core, optimizers, tokenizer=tokenizer)
-        start, best, last = state["step"], state["best"], state["last"]
-        average.load_state_dict(state["average"])
-    model = runtime.wrap(core)
-    log = metrics.Log(flags.out, total=flags.steps, unit="step", is_main=runtime.is_main,
-                      resume_step=start)
-    # 2. Gradient steps; now and then the validation texts. The best and the last model are kept.
-    with training.nothing_half_written(flags.out, runtime), log, rt.Interrupt() as interrupt:
-        for step in range(start + 1, (start if last else flags.steps) + 1):
-            core.train()
-            training.seed_step(flags.seed, step, runtime)
-            optim.set_lr(optimizers, optim.lr_scale(step - 1, flags.steps, warmup=flags.warmup,
-                                                    decay=flags.decay))
-            loss = task.loss(model, step - 1)
-            training.gradient_step(loss, core.parameters(), optimizers, step=step, out=flags.out,
-                                   max_grad_norm=math.inf)  # one norm would tie the parts together
-            average.update_parameters(core)
-            log.step(step, **{task.loss_name: runtime.mean(loss.detach()).item()})
-            stop, last = runtime.any(interrupt.set), step == flags.steps
-            if step % flags.eval_every == 0 or last:
-                report = {f"val_{key}": x for key, x in task.validate(average.module).items()}
-                log.event(step, **report)
-                training.check_finite(all(map(math.isfinite, report.values())), step, flags.out)
-                if report[metric] > best[metric]:
-                    best = {"step": step, metric: report[metric]}
-                    if runtime.is_main:
-                        checkpoint.save(flags.out / "best", average.module, tokenizer=tokenizer)
-                last = last or step - best["step"] >= flags.patience * flags.eval_every
-            if runtime.is_main and (stop or last or step % flags.eval_every == 0):
-                training.save_last(flags.out, core, optimizers, tokenizer=tokenizer, step=step,
-                                   best=best, last=last, average=average.state_dict())
-            start = step
-            if last:
-                break
-            if stop:
-                runtime.barrier()  # the main process has saved
-                training.leave(interrupt, log, step, flags.out)
-        # 3. The best model on the test texts or conversations.
-        runtime.barrier()
-        report = task.finish()
-        log.close({"best_step": best["step"], "steps": start, "seed": flags.seed, **report})
 
 
 def policy_optimizers(policy: GPT, flags: PPOFlags, runtime) -> list[torch.optim.Optimizer]:
@@ -233,7 +170,7 @@ def ppo_batch(stage: Stage, model, policy: GPT, optimizers, docs, step: int, bet
     rollout = stage.rollouts(sampler, [p for p in prompts for _ in range(flags.group)], rng)
     minibatches = stage.minibatches(flags.batch, rng, flags.group)
     credit = {}
-    if flags.method == "ppo" and flags.shaping:
+    if flags.method == "ppo" and (flags.shaping or flags.env):
         credit = {"shares": stage.shares(*rollout), "worth": stage.worth}
     x = trainers.collect(policy, stage.ref, *rollout, minibatches, flags, runtime, beta=beta,
                          **credit)
@@ -286,13 +223,8 @@ def train_ppo(flags: PPOFlags) -> None:
     """The whole run: rollouts, updates, the final numbers on fresh samples."""
     # 1. Reference, policy, reward, prompts; on --resume their state.
     runtime = rt.setup(flags.device, flags.dtype)
-    ref, tokenizer = load_gpt(flags, runtime)
-    ref.requires_grad_(False)
-    score, guess = reward.load_reward(flags.reward, runtime)
-    gold = reward.load_reward(flags.gold, runtime)[0] if flags.gold else None
-    stage = Stage(flags, runtime, tokenizer, ref, score, flags.seed, gold, guess)
-    docs, held_out = (prompt_docs(flags.data, split, flags.domains, tokenizer)
-                      for split in ("train", "val"))
+    stage, (docs, held_out) = open_stage(flags, runtime, "train", "val")
+    ref, tokenizer = stage.ref, stage.tokenizer
     for texts in (docs, held_out):  # a split that has no prompts shows at once
         stage.prompts(texts, 1, rt.generator(flags.seed))
     stage.minibatches(flags.batch, rt.generator(flags.seed), flags.group)  # so do wrong sizes
@@ -316,7 +248,8 @@ def train_ppo(flags: PPOFlags) -> None:
     with training.nothing_half_written(flags.out, runtime), log, rt.Interrupt() as interrupt:
         stage.worth = stage.token_worth(docs) if flags.uses_worth(flags.beta) else None
         for step in range(start + 1, flags.steps + 1):
-            optim.set_lr(optimizers, optim.lr_scale(step - 1, flags.steps, warmup=2, decay=0.5))
+            optim.set_lr(optimizers, optim.lr_scale(step - 1, flags.steps, warmup=flags.warmup,
+                                                    decay=0.5))
             row = ppo_batch(stage, model, policy, optimizers, docs, step, controller.beta)
             ratio = row.pop("first_ratio_max_deviation")
             if step == 1:
@@ -343,7 +276,13 @@ def train_ppo(flags: PPOFlags) -> None:
 def main() -> None:
     flags = rt.parse_flags({"sft": SFTFlags, "reward": RewardFlags, "ppo": PPOFlags},
                            prog="train_rlhf.py", description=__doc__)
-    train_ppo(flags) if isinstance(flags, PPOFlags) else supervise(flags)
+    match flags:
+        case PPOFlags():
+            train_ppo(flags)
+        case SFTFlags():
+            supervise(flags, SFTTask)
+        case _:
+            supervise(flags, ClassTask if flags.objective == "classes" else RewardTask)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,11 @@ def encode_turn(tokenizer: Tokenizer, role: str, content: str) -> list[int]:
     return [tokenizer.special(TURNS[role]), *tokenizer.encode(" " + content.strip()), *end]
 
 
+def spell(messages: Sequence[dict]) -> str:
+    """A conversation as one text, as its ids are decoded: what reward models read."""
+    return "".join(f"{TURNS[m['role']]} {m['content'].strip()}" for m in messages)
+
+
 def encode(tokenizer: Tokenizer, messages: Sequence[dict]) -> tuple[list[int], list[bool]]:
     """Ids of a conversation and which of them the assistant has said, ends included."""
     ids, mine = [tokenizer.special("<|endoftext|>")], [False]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from nanokl import agreement, checkpoint, judgements, ppo, reward, training, trunks
 from nanokl.evaluation import draw_prompts, load_gpt, prompt_docs
-from nanokl.generate import Rollout
 from nanokl.hf_tokenizer import load_tokenizer
+from nanokl.rollout import Rollout
 from nanokl.runtime import Runtime, generator
 
 

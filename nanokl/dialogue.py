@@ -4,21 +4,26 @@ An observation is what was said so far, a tuple of {"role", "content"}; an actio
 whole reply. All chance is in `reset(seed=...)`: what the user will ask and how, and each of its
 answers follows from the seed and the agent's words, so that a dialogue is a text of one prompt and
 the posterior of RLHF is defined for it (with chance in between, its formula would be optimistic).
-`terminated`: the user has what it wanted; `truncated`: it would have gone on. Left out: rendering,
-vector environments, spaces.
+`terminated`: the user has what it wanted, or no more to say; `truncated`: it would have gone on.
+`train_rlhf.py ppo --env nanokl/dialogue.py:arithmetic` trains in one: a function like `arithmetic`
+and `open_chat` here makes it. Left out: rendering, vector environments, spaces.
 """
 
 import re
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from nanokl import UserError
+from nanokl.chat import Conversation, load_conversations, spell
 
 Message = dict[str, str]  # {"role": "user" or "assistant", "content": text}
+Score = Callable[[list[str]], list[float]]  # of whole texts
 SPLITS = {"train": (0.0, 0.85), "val": (0.85, 0.9), "test": (0.9, 1.0)}  # of all pairs of numbers
 
 
@@ -129,5 +134,64 @@ class Arithmetic:
         return Step(tuple(self.messages), float(right), right, truncated, info)
 
 
+@dataclass
+class OpenChat:
+    """A user who says the lines of a recorded conversation one by one, whatever it is answered.
+
+    A reply's reward is what it adds to the score of the talk so far, which `score` gives to texts
+    as `chat.spell` writes them: all together it is the last score less that of the first line.
+    """
+
+    talks: list[Conversation]
+    score: Score
+    turns: int = 2  # replies, at most
+    messages: list[Message] = field(default_factory=list, repr=False)
+    lines: list[str] = field(default_factory=list, repr=False)  # what the user has yet to say
+
+    def __post_init__(self):
+        self.talks = [talk for talk in self.talks if talk.messages[0]["role"] == "user"]
+        if not self.talks or self.turns < 1:
+            raise UserError(f"{len(self.talks)} conversations begin with a user, and turns is "
+                            f"{self.turns}: give at least 1 of either")
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        """The first line of this seed's conversation, or of that of the number options["talk"]."""
+        drawn = int(np.random.default_rng(seed).integers(len(self.talks)))
+        talk = self.talks[(options or {}).get("talk", drawn)]
+        self.lines = [m["content"] for m in talk.messages if m["role"] == "user"]
+        self.messages = [_say("user", self.lines[0])]
+        self.lines, self.replies = self.lines[1:], 0
+        return tuple(self.messages), {"id": talk.id}
+
+    def _score(self) -> float:
+        return float(self.score([spell(self.messages)])[0])
+
+    def step(self, action: str) -> Step:
+        """The user's next line, which the reply has no influence on."""
+        if not self.messages or self.messages[-1]["role"] != "user":
+            raise UserError("this dialogue has not begun, or is over: call reset")
+        before = self.worth if self.replies else self._score()
+        self.messages = [*self.messages, _say("assistant", action)]  # obs of before stay
+        self.worth, self.replies = self._score(), self.replies + 1
+        terminated = not self.lines
+        truncated = not terminated and self.replies >= self.turns
+        if not terminated and not truncated:
+            self.messages.append(_say("user", self.lines[0]))
+            self.lines = self.lines[1:]
+        return Step(tuple(self.messages), self.worth - before, terminated, truncated, {})
+
+
 def _say(role: str, content: str) -> Message:
     return {"role": role, "content": content}
+
+
+def arithmetic(*, split: str, turns: int, data: Path, score: Score | None) -> Arithmetic:
+    """For --env: sums, whose reward is the environment's own."""
+    return Arithmetic(split, turns=turns)
+
+
+def open_chat(*, split: str, turns: int, data: Path, score: Score | None) -> OpenChat:
+    """For --env: the conversations of a data folder, paid by the --reward."""
+    if score is None:
+        raise UserError("open_chat is paid by a reward model, and none is given: give --reward")
+    return OpenChat(load_conversations(data, split), score, turns)

@@ -7,20 +7,35 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanokl import UserError, chat, checkpoint, ppo
+from nanokl import UserError, agent, chat, checkpoint, ppo
 from nanokl.data import Shard
 from nanokl.gpt import GPT
 from nanokl.hf_tokenizer import load_tokenizer
 from nanokl.judgements import Judgements
 from nanokl.metrics import distinct_n, mean_se
-from nanokl.reward import RewardFunction
+from nanokl.reward import RewardFunction, load_function, load_reward
+from nanokl.rollout import Rollout, SamplingConfig
 from nanokl.runtime import Runtime, generator
 from nanokl.shaping import score_shares, token_worth
 from nanokl.tokenizer import Tokenizer
 
+OPENINGS = 4096  # seeds of an environment that training, or what is held out, draws from
+
 
 class WholePrompts(list):
     """Token lists that are prompts as they are; of other texts the first few tokens are."""
+
+
+def dialogues(flags: ppo.PPOConfig, split: str, tokenizer: Tokenizer,
+              reward: RewardFunction | None) -> WholePrompts:
+    """A split's dialogues of the environment that `--env` names, a seed each."""
+    score = reward and (lambda texts: reward(tokenizer.encode_batch(texts), texts))
+    try:
+        env = load_function(flags.env)(split=split, turns=flags.turns, data=flags.data, score=score)
+        return WholePrompts(agent.openings(env, tokenizer, OPENINGS))
+    except (TypeError, AttributeError, ValueError) as e:
+        raise UserError(f"{flags.env} makes no environment ({e}): give FILE.py:FUNCTION as "
+                        "nanokl/dialogue.py has them") from e
 
 
 def prompt_docs(folder: Path, split: str, domains: str, tokenizer: Tokenizer) -> list[list[int]]:
@@ -31,7 +46,7 @@ def prompt_docs(folder: Path, split: str, domains: str, tokenizer: Tokenizer) ->
     """
     if (folder / chat.FILE).is_file():
         talks = chat.load_conversations(folder, split)
-        return WholePrompts(chat.prompt(tokenizer, talk.messages[:1], 1 << 20)[0][1:]
+        return WholePrompts(chat.prompt(tokenizer, talk.messages[:1], 1 << 20)[0]
                             for talk in talks if talk.messages[0]["role"] == "user")
     if folder.is_dir() and not (folder / "judgements.jsonl").exists():
         theirs = load_tokenizer(folder)
@@ -50,18 +65,19 @@ def prompt_docs(folder: Path, split: str, domains: str, tokenizer: Tokenizer) ->
     return tokenizer.encode_batch(texts)
 
 
-def load_gpt(flags: ppo.SamplingConfig, runtime: Runtime) -> tuple[GPT, Tokenizer]:
+def load_gpt(flags: SamplingConfig, runtime: Runtime) -> tuple[GPT, Tokenizer]:
     """The reference policy, whose context must hold the longest prompt and response, its words."""
     folder = checkpoint.resolve(flags.policy)
     ref = GPT.from_pretrained(folder, dropout=0.0)
-    if 1 + flags.max_prompt + flags.max_new_tokens > ref.config.block_size:
+    if flags.width > ref.config.block_size:
         raise UserError(f"--max_prompt {flags.max_prompt} and --max_new_tokens "
-                        f"{flags.max_new_tokens}, and 1 to start, do not fit the policy's context "
-                        f"of {ref.config.block_size}: lower one of them")
+                        f"{flags.max_new_tokens} for each reply, and 1 to start, {flags.width} in "
+                        f"all, do not fit the policy's context of {ref.config.block_size}: lower "
+                        "one of them")
     return ref.to(runtime.device).eval(), load_tokenizer(folder)
 
 
-def draw_prompts(docs: list[list[int]], n: int, config: ppo.SamplingConfig, *, start: int,
+def draw_prompts(docs: list[list[int]], n: int, config: SamplingConfig, *, start: int,
                  rng: torch.Generator) -> list[list[int]]:
     """n prompts: `start` and the first few tokens of a random text, of ragged length.
 
@@ -69,7 +85,7 @@ def draw_prompts(docs: list[list[int]], n: int, config: ppo.SamplingConfig, *, s
     Of `WholePrompts` those that are not longer than max_prompt, as they are.
     """
     if whole := isinstance(docs, WholePrompts):
-        docs = [doc for doc in docs if len(doc) <= config.max_prompt]
+        docs = [doc for doc in docs if len(doc) <= 1 + config.max_prompt]
     else:
         docs = [doc for doc in docs if len(doc) > config.max_prompt]
     if not docs or not 0 < config.min_prompt <= config.max_prompt:
@@ -78,10 +94,21 @@ def draw_prompts(docs: list[list[int]], n: int, config: ppo.SamplingConfig, *, s
                         "--max_prompt or widen --domains; what users say has to fit: raise it")
     which = torch.randint(len(docs), (n,), generator=rng).tolist()
     if whole:
-        return [[start, *docs[i]] for i in which]
+        return [docs[i] for i in which]
     span = (config.min_prompt, config.max_prompt + 1)
     length = torch.randint(*span, (n,), generator=rng).tolist()
     return [[start, *docs[i][:k]] for i, k in zip(which, length, strict=True)]
+
+
+def open_stage(flags, runtime: Runtime, *splits: str) -> "tuple[Stage, list[list]]":
+    """A run's reference, tokenizer and rewards, and the texts or dialogues of some splits."""
+    ref, tokenizer = load_gpt(flags, runtime)
+    ref.requires_grad_(False)
+    score, guess = load_reward(flags.reward, runtime) if flags.reward else (None, None)
+    gold = load_reward(flags.gold, runtime)[0] if flags.gold else None
+    docs = [dialogues(flags, split, tokenizer, score) if flags.env else
+            prompt_docs(flags.data, split, flags.domains, tokenizer) for split in splits]
+    return Stage(flags, runtime, tokenizer, ref, score, flags.seed, gold, guess), docs
 
 
 @dataclass
@@ -92,7 +119,7 @@ class Stage:
     runtime: Runtime
     tokenizer: Tokenizer
     ref: GPT
-    reward: RewardFunction
+    reward: RewardFunction | None  # None: the environment pays
     seed: int
     gold: RewardFunction | None = None  # what no policy is trained on
     guess: RewardFunction | None = None  # the score of a text that is not done, for shaping
@@ -102,14 +129,21 @@ class Stage:
         stop = self.tokenizer.special("<|endoftext|>")
         return draw_prompts(docs, n, self.config, start=stop, rng=rng)
 
-    def rollouts(self, policy: GPT, prompts, rng) -> tuple[ppo.Rollout, Tensor]:
-        """Responses and their scores (B,)."""
+    def uniform(self, n: int, rng: torch.Generator) -> Tensor:
+        """The numbers that n texts are drawn at, a row each."""
+        return torch.rand(n, self.config.turns * self.config.max_new_tokens, generator=rng)
+
+    def rollouts(self, policy: GPT, prompts, rng=None, u: Tensor | None = None):
+        """Responses, or whole dialogues, and their scores (B,); drawn at u, of `uniform`."""
+        u = self.uniform(len(prompts), rng) if u is None else u
+        if isinstance(prompts[0], agent.Opening):
+            rollout = agent.play(policy, prompts, self.config, self.runtime, self.tokenizer, u=u)
+            return rollout, rollout.paid.sum(1)
         stop = self.tokenizer.special("<|endoftext|>")
-        where = self.config, self.runtime
-        rollout = ppo.sample_rollouts(policy, prompts, *where, stop=stop, rng=rng)
+        rollout = ppo.sample_rollouts(policy, prompts, self.config, self.runtime, stop=stop, u=u)
         return rollout, ppo.score_rollouts(self.reward, rollout, self.tokenizer, self.runtime)
 
-    def gold_mean(self, rollout: ppo.Rollout) -> dict:
+    def gold_mean(self, rollout: Rollout) -> dict:
         """The gold reward's mean score and its standard error, where there is one."""
         if self.gold is None:
             return {}
@@ -117,7 +151,9 @@ class Stage:
         return dict(zip(("gold_mean", "gold_mean_se"), mean_se(score), strict=True))
 
     def shares(self, rollout, score: Tensor) -> Tensor:
-        """Each token's share of the score, (B, T-1)."""
+        """Each token's share of the score, (B, T-1): a reply's is on its last token."""
+        if rollout.paid is not None:
+            return rollout.paid
         return score_shares(self.guess, rollout, score, self.tokenizer, self.runtime)
 
     def token_worth(self, docs, most: int = 1 << 16) -> Tensor:

@@ -7,7 +7,6 @@ training, and no row can see padding. Left out: beam search, stopping strings.
 
 import copy
 import itertools
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,29 +14,10 @@ from torch import Tensor, nn
 
 from nanokl import UserError
 from nanokl.layers import Linear
+from nanokl.rollout import Rollout
 
 TILE = 256  # tokens whose probabilities are summed together before the CDF is looked at
 WINDOW = 16  # slots by which a compiled step's view of its cache grows
-
-
-@dataclass
-class Rollout:
-    """Prompts and sampled responses; logp is under the very distribution that was sampled."""
-
-    idx: Tensor  # (B, T) int64, right of the last token arbitrary
-    mask: Tensor  # (B, T-1) bool, True where idx[:, t+1] is a response token (the stop one too)
-    logp: Tensor  # (B, T-1) float32, 0 outside the mask
-    n_prompt: Tensor  # (B,) int64
-    stopped: Tensor  # (B,) bool, the stop token was sampled
-
-    def responses(self) -> list[list[int]]:
-        """Response ids of each row."""
-        return [row[k:] for row, k in zip(self.rows(), self.n_prompt.tolist(), strict=True)]
-
-    def rows(self) -> list[list[int]]:
-        """Prompt and response ids of each row, without padding."""
-        n_total = (self.n_prompt + self.mask.sum(1)).tolist()
-        return [row[:n] for row, n in zip(self.idx.tolist(), n_total, strict=True)]
 
 
 def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:

@@ -101,7 +101,7 @@ class Judgements:
     def of_conversations(cls, folder: Path, split: str) -> "Judgements":
         """What people thought of whole conversations: a domain for each thing that they rated.
 
-        A text is what both have said, a line a turn. One rating each, so that there is no ceiling.
+        A text is what `chat.spell` writes. One rating each, so that there is no ceiling.
         """
         talks = chat.load_conversations(folder, None)
         names = sorted({name for talk in talks for name in talk.ratings})
@@ -110,7 +110,7 @@ class Judgements:
         if not rows:
             raise UserError(f"no conversation of the split {split} in {folder} has ratings: give "
                             "data/chat, or another folder with ratings")
-        texts = ["\n".join(m["content"] for m in talk.messages) for talk, *_ in rows]
+        texts = [chat.spell(talk.messages) for talk, *_ in rows]
         return cls([f"{talk.id} {name}" for talk, name, _ in rows],
                    np.array([names.index(name) for _, name, _ in rows]), names, texts,
                    np.array([[x] for *_, x in rows], np.float32), np.ones(len(rows), np.int64))

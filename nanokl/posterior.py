@@ -17,10 +17,9 @@ import torch
 
 from nanokl import UserError, bayes, checkpoint, frontier, ppo
 from nanokl import runtime as rt
-from nanokl.evaluation import Stage, load_gpt, prompt_docs
+from nanokl.evaluation import Stage, open_stage
 from nanokl.gpt import GPT
 from nanokl.metrics import write_json
-from nanokl.reward import load_reward
 from nanokl.samplers import Target, draw_texts, log_probs
 from nanokl.smc import smc
 from nanokl.trainers import TrainerConfig
@@ -141,18 +140,16 @@ def open_run(folder: Path, device: str = "auto") -> tuple[Stage, GPT, list[list[
         config, data = TrainerConfig(**known), Path(flags["data"])
         last = json.loads(summary.read_bytes()) if summary.exists() else {}  # of --kl_target
         beta = float(last.get("beta", flags["beta"]))
-        reward, seed = flags["reward"], int(flags["seed"])
-        config = SimpleNamespace(**vars(config), policy=Path(flags["policy"]))
+        config = SimpleNamespace(**vars(config), width=config.width, policy=Path(flags["policy"]),
+                                 data=data, reward=flags["reward"], gold=None,
+                                 seed=int(flags["seed"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} does not say how a policy was trained: give the folder of a run "
                         "of train_rlhf.py ppo, such as runs/demo/ppo") from None
     runtime = rt.setup(device, flags.get("dtype", "auto"))
-    ref, tokenizer = load_gpt(config, runtime)
-    ref.requires_grad_(False)
+    stage, (docs,) = open_stage(config, runtime, "val")
     policy = GPT.from_pretrained(checkpoint.resolve(folder), dropout=0.0).to(runtime.device).eval()
-    score, guess = load_reward(reward, runtime)
-    stage = Stage(config, runtime, tokenizer, ref, score, seed, guess=guess)
-    return stage, policy, prompt_docs(data, "val", config.domains, tokenizer), beta
+    return stage, policy, docs, beta
 
 
 def tell(run: Path, *, prompts: int, samples: int, particles: int, device: str = "auto",
@@ -167,7 +164,7 @@ def tell(run: Path, *, prompts: int, samples: int, particles: int, device: str =
     ruler = Ruler(stage, docs, prompts=prompts, samples=samples)
     account, numbers = whole_account(ruler, policy, beta)
     write_json(path, numbers)
-    if beta and particles and stage.config.method == "ppo":  # the others have no critic
+    if beta and particles and stage.config.method == "ppo" and not stage.config.env:  # a critic
         say(f"{path} is written; drawing a text for each prompt by SMC of {particles} particles")
         numbers["untrained"].append(by_critic(ruler, policy, beta, particles))
         write_json(path, numbers)

@@ -1,9 +1,10 @@
 """KL-penalised PPO: maximise E[score] - beta KL(policy || ref) over whole responses.
 
 One batch goes through rollout -> score -> measure -> advantages -> a few epochs of minibatches.
-All per-token tensors are (B, T-1), aligned with logp, and True in `mask` marks the response.
-Ziegler et al. arXiv:1909.08593; Schulman et al. arXiv:1707.06347. Left out: rewards inside the
-response, a critic that starts from other weights than the reference's.
+All per-token tensors are (B, T-1), aligned with logp, and True in `mask` marks the response: of a
+dialogue all of the model's replies, with gaps where the user speaks.
+Ziegler et al. arXiv:1909.08593; Schulman et al. arXiv:1707.06347. Left out: a
+critic that starts from other weights than the reference's.
 """
 
 from dataclasses import dataclass, replace
@@ -12,27 +13,14 @@ import torch
 from torch import Tensor
 
 from nanokl import UserError, require_positive
-from nanokl.generate import Rollout, generate
+from nanokl.generate import generate
 from nanokl.gpt import GPT
 from nanokl.kl import KLConfig, at_last, k1, kl_loss, paid_in_reward
 from nanokl.logprob import linear_logprob
 from nanokl.reward import RewardFunction, check_scores
+from nanokl.rollout import Rollout, SamplingConfig, gather
 
 MOST = 0.95  # of a token's own price that its baseline may hold: the loss keeps a KL
-
-
-@dataclass(kw_only=True)
-class SamplingConfig:
-    """Which prompts, and how they are continued: this is what defines the reference's texts."""
-
-    domains: str = "movie,product"  # snippets whose first tokens are the prompts; "" for all
-    min_prompt: int = 3  # tokens of the shortest prompt
-    max_prompt: int = 8  # tokens of the longest
-    max_new_tokens: int = 24  # longest response
-    temperature: float = 1.0  # of sampling, and of every log-prob
-
-    def __post_init__(self):
-        require_positive(self, "min_prompt", "max_prompt", "max_new_tokens", "temperature")
 
 
 @dataclass(kw_only=True)
@@ -51,12 +39,22 @@ class PPOConfig(SamplingConfig, KLConfig):
     critic_lr: float = 1.0  # the critic's own rates, times lr and muon_lr
     shaping: bool = False  # each token is paid by what it adds to the guess of the text's score
     worth: bool = False  # what a token adds by itself is learnt of all tokens, drawn or not
+    env: str | None = None  # dialogues: FILE.py:FUNCTION, such as nanokl/dialogue.py:arithmetic
+    turns: int = 1  # replies of a dialogue, at most; each follows max_prompt tokens, at most
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest text, with the one that starts it."""
+        return 1 + self.turns * (self.max_prompt + self.max_new_tokens)
 
     def __post_init__(self):
         SamplingConfig.__post_init__(self)
         KLConfig.__post_init__(self)
         require_positive(self, "n_epoch", "minibatch", "clip", "value_clip", "max_grad_norm",
-                         "critic_lr")
+                         "critic_lr", "turns")
+        if self.turns > 1 and self.env is None:
+            raise UserError(f"turns is {self.turns} and env {self.env}: nobody answers; give --env "
+                            "nanokl/dialogue.py:arithmetic, or another")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give 0 to 1")
@@ -105,15 +103,16 @@ def gae(reward: Tensor, value: Tensor, mask: Tensor, *, gamma: float,
         lam: float) -> tuple[Tensor, Tensor]:
     """Generalised advantages and returns, (B, T) like everything given, 0 outside the mask.
 
-    The value after a row's last token is 0: a response ends there, stopped or cut.
+    The value after a row's last token is 0: a response ends there, stopped or cut. What a user
+    says is skipped: after the last token of a reply comes the first of the next.
     """
     adv = torch.zeros_like(reward)
     next_adv = next_value = reward.new_zeros(len(reward))
     for t in reversed(range(reward.shape[1])):
-        delta = reward[:, t] + gamma * next_value - value[:, t]
-        next_adv = (delta + gamma * lam * next_adv) * mask[:, t]
-        next_value = value[:, t] * mask[:, t]
-        adv[:, t] = next_adv
+        mine, delta = mask[:, t], reward[:, t] + gamma * next_value - value[:, t]
+        next_adv = torch.where(mine, delta + gamma * lam * next_adv, next_adv)
+        next_value = torch.where(mine, value[:, t], next_value)
+        adv[:, t] = next_adv * mine
     return adv, (adv + value) * mask
 
 
@@ -196,14 +195,11 @@ def sample_rollouts(policy: GPT, prompts: list[list[int]], config: SamplingConfi
 
     `u` (B, max_new_tokens): the uniform numbers, as for `generate`; drawn by `rng` if None.
     """
-    width = 1 + config.max_prompt + config.max_new_tokens
     u = torch.rand(len(prompts), config.max_new_tokens, generator=rng) if u is None else u
     with runtime.autocast():
         mine = generate(policy, prompts[runtime.rank :: runtime.world], config.max_new_tokens,
                         temperature=config.temperature, stop=stop, u=runtime.shard(u))
-    pad = (0, width - mine.idx.shape[1])
-    wide = [torch.nn.functional.pad(x, pad) for x in (mine.idx, mine.mask, mine.logp)]
-    return Rollout(*(runtime.gather(x) for x in (*wide, mine.n_prompt, mine.stopped)))
+    return gather(mine, config, runtime)
 
 
 def score_ids(reward: RewardFunction, ids: list[list[int]], tokenizer) -> Tensor:

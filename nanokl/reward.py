@@ -251,7 +251,7 @@ def load_function(spec: str) -> RewardFunction:
     """The function of FILE.py:NAME; UserError where either is missing or the file fails."""
     path, _, name = spec.rpartition(":")
     if not Path(path).is_file():
-        raise UserError(f"no file {path!r} for the reward {spec!r}: give FILE.py:FUNCTION")
+        raise UserError(f"no file {path!r} for {spec!r}: give FILE.py:FUNCTION")
     try:
         function = runpy.run_path(path).get(name)
     except Exception as e:  # whatever the user's own code raises

@@ -6,16 +6,16 @@ each; weights make up for the difference. All log-probs are those of PPO: at the
 sampling, nothing truncated. Left out: proposals that change a part of a text, rewards inside it.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nanokl import UserError, bayes, ppo
+from nanokl import UserError, bayes
 from nanokl.evaluation import Stage
-from nanokl.generate import Rollout
 from nanokl.gpt import GPT
 from nanokl.logprob import linear_logprob
+from nanokl.rollout import Rollout, SamplingConfig, join, rows_of
 
 
 @dataclass
@@ -45,15 +45,6 @@ class Draws:
     valid: Tensor | None = None  # (P n,) False where a text is missing; None where none is
 
 
-def rows_of(rollout: Rollout, rows: Tensor) -> Rollout:
-    return Rollout(*(getattr(rollout, f.name)[rows] for f in fields(rollout)))
-
-
-def join(rollouts: list[Rollout]) -> Rollout:
-    """All rows, of rollouts of one width."""
-    return Rollout(*(torch.cat([getattr(r, f.name) for r in rollouts]) for f in fields(Rollout)))
-
-
 def pick(logw: Tensor, points: Tensor) -> Tensor:
     """Columns (P, n) of logw (P, K): where the CDF of the weights reaches points (P, n)."""
     cdf = logw.double().softmax(1).cumsum(1)
@@ -76,7 +67,7 @@ def check(target: Target, prompts: list[list[int]], proposal: str = "ref", **cou
 
 
 @torch.no_grad()
-def log_probs(model: GPT, rollout: Rollout, config: ppo.SamplingConfig, runtime,
+def log_probs(model: GPT, rollout: Rollout, config: SamplingConfig, runtime,
               chunk: int = 256) -> Tensor:
     """log p(response | prompt) (B,) in float64, by the code of ppo.measure but log-probs alone."""
     device = rollout.idx.device
@@ -96,18 +87,15 @@ def log_probs(model: GPT, rollout: Rollout, config: ppo.SamplingConfig, runtime,
 def draw_texts(stage: Stage, model: GPT, prompts: list[list[int]], k: int, rng: torch.Generator,
                chunk: int = 1024) -> tuple[Rollout, Tensor]:
     """k texts of a model for each prompt, rows grouped by prompt, and their scores (P k,)."""
-    u = torch.rand(len(prompts) * k, stage.config.max_new_tokens, generator=rng)
+    u = stage.uniform(len(prompts) * k, rng)
     return _draw_rows(stage, model, [p for p in prompts for _ in range(k)], u, chunk)
 
 
 def _draw_rows(stage: Stage, model: GPT, prompts: list[list[int]], u: Tensor,
                chunk: int) -> tuple[Rollout, Tensor]:
-    """A text for each prompt, from uniform numbers u (B, max_new_tokens) of its own."""
-    stop, parts, scores = stage.tokenizer.special("<|endoftext|>"), [], []
-    for i in range(0, len(prompts), chunk):
-        parts.append(ppo.sample_rollouts(model, prompts[i : i + chunk], stage.config,
-                                         stage.runtime, stop=stop, u=u[i : i + chunk]))
-        scores.append(ppo.score_rollouts(stage.reward, parts[-1], stage.tokenizer, stage.runtime))
+    """A text for each prompt, from uniform numbers u of its own, a row of `Stage.uniform`."""
+    parts, scores = zip(*(stage.rollouts(model, prompts[i : i + chunk], u=u[i : i + chunk])
+                          for i in range(0, len(prompts), chunk)), strict=True)
     return join(parts), torch.cat(scores)
 
 
@@ -132,7 +120,7 @@ def propose(target: Target, prompts: list[list[int]], k: int, rng: torch.Generat
     one for each. So half of the texts are the policy's on average, and the weights' mean is Z.
     """
     stage, n = target.stage, len(prompts) * k
-    u = torch.rand(n, stage.config.max_new_tokens, generator=rng)
+    u = stage.uniform(n, rng)
     from_ref = (torch.arange(k) % 2 == 0).repeat(len(prompts))
     if proposal != "mixture":
         from_ref[:] = proposal == "ref"

@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from nanokl import ppo
-from nanokl.generate import Rollout
 from nanokl.reward import RewardFunction
+from nanokl.rollout import Rollout
 
 
 def score_shares(potential: RewardFunction, rollout: Rollout, score: Tensor, tokenizer,

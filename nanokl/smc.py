@@ -20,8 +20,9 @@ from torch import Tensor
 
 from nanokl import UserError, ppo
 from nanokl.bayes import effective_sample_size, log_mean_exp
-from nanokl.generate import Rollout, cast_once, pack_prompts, sample
-from nanokl.samplers import Draws, Target, check, join, kept, pick, rows_of
+from nanokl.generate import cast_once, pack_prompts, sample
+from nanokl.rollout import Rollout, join, rows_of
+from nanokl.samplers import Draws, Target, check, kept, pick
 
 Twist = Callable[[Tensor], Tensor]  # prefixes (b, t), prompts included -> log psi (b,)
 
@@ -94,9 +95,9 @@ class Swarm:
         idx, n_prompt = pack_prompts(repeated, target.stage.ref.config, self.steps)
         idx = F.pad(idx, (0, 1 + config.max_prompt + self.steps - idx.shape[1]))
         B, T = idx.shape
-        text = Rollout(idx, torch.zeros(B, T - 1, dtype=torch.bool), torch.zeros(B, T - 1),
-                       n_prompt, torch.zeros(B, dtype=torch.bool))
-        self.text = Rollout(*(x.to(self.device) for x in vars(text).values()))
+        text = (idx, torch.zeros(B, T - 1, dtype=torch.bool), torch.zeros(B, T - 1), n_prompt,
+                torch.zeros(B, dtype=torch.bool))
+        self.text = Rollout(*(x.to(self.device) for x in text))
         self.rows = torch.arange(B, device=self.device)
         self.score = torch.zeros(B, device=self.device)
         self.logw, self.log_psi = torch.zeros(2, B, dtype=torch.float64, device=self.device)

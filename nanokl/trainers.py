@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from nanokl import UserError, ppo
-from nanokl.generate import Rollout
 from nanokl.gpt import GPT
 from nanokl.kl import MEANING, KLConfig, k3
 from nanokl.logprob import linear_logprob
 from nanokl.reward import bradley_terry
+from nanokl.rollout import Rollout
 
 # where each method but ppo charges the KL, by its own formula
 PLACEMENT = {
@@ -69,7 +69,7 @@ class TrainerConfig(ppo.PPOConfig):
 
     def uses_worth(self, beta: float) -> bool:
         """It goes with shaping, and with a price and place for a token's own KL in the loss."""
-        return (self.worth and self.shaping and self.method == "ppo" and beta > 0
+        return (self.worth and self.shaping and self.method == "ppo" and beta > 0 and not self.env
                 and self.kl_choice == KLConfig().kl_choice)
 
     @property

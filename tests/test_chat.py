@@ -176,3 +176,9 @@ def test_chatterbot_by_hand():
     assert len({row["id"] for row in rows}) == 5
     splits = [PREPARE.split_of(f"chitchat {i}") for i in range(4000)]
     assert abs(splits.count("train") - 3600) < 100  # odds 1e-7: five standard deviations
+
+
+def test_a_conversation_is_spelt_as_its_ids_are_decoded():
+    ids, _ = encode(TOKENIZER, TALK)
+    assert chat.spell(TALK) == TOKENIZER.decode([i for i in ids if i != END])
+    assert chat.spell(TALK[:2]) == "<|user|> how are you?<|assistant|> fine"

@@ -19,9 +19,10 @@ from test_transformer import one_thread, randomise, rng, tokens  # noqa: F401
 
 from nanokl import UserError
 from nanokl import generate as generate_module
-from nanokl.generate import Compiled, Rollout, generate, sample, truncate
+from nanokl.generate import Compiled, generate, sample, truncate
 from nanokl.gpt import GPT, PRESETS, GPTConfig
 from nanokl.layers import Linear
+from nanokl.rollout import Rollout
 from nanokl.tokenizer import CHAR_PATTERN, train_bpe
 
 SIZES = {"vocab_size": 29, "block_size": 24, "n_layer": 2, "n_head": 3, "n_embd": 12}

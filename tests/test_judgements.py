@@ -38,7 +38,8 @@ def test_ratings_of_conversations(tmp_path):
     j = Judgements.load(tmp_path, "train")
     assert j.domain_names == ["interest", "mood", "witty"] and j.domains.tolist() == [1, 2, 1]
     assert j.ratings.tolist() == [[2], [7], [5]] and j.n_ratings.tolist() == [1, 1, 1]
-    assert j.texts == 3 * ["hi\nhello"] and j.ids == ["0 mood", "0 witty", "2 mood"]
+    assert j.texts == 3 * ["<|user|> hi<|assistant|> hello"]
+    assert j.ids == ["0 mood", "0 witty", "2 mood"]
     assert Judgements.load(tmp_path, "test").ids == ["3 interest"]
     with pytest.raises(UserError, match="raters is 'first', but .* one rating each: give all"):
         Judgements.load(tmp_path, "train", "first")

@@ -12,21 +12,21 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 RANK = {
-    "dialogue": 0, "exact": 0, "figures": 0, "hf": 0, "kl": 0, "labelled": 0, "layers": 0,
+    "exact": 0, "figures": 0, "hf": 0, "kl": 0, "labelled": 0, "layers": 0,
     "logprob": 0, "metrics": 0, "ngram_embedding": 0, "ngrams": 0, "optim": 0, "runtime": 0,
-    "tokenizer": 0,
+    "rollout": 0, "tokenizer": 0,
     "bayes": 1, "bench": 1, "chat": 1, "data": 1, "generate": 1, "throughput": 1,
     "transformer": 1, "weights": 1, "wordpiece": 1,
-    "bench_bpe": 2, "bench_logprob": 2, "checkpoint": 2, "corpus": 2,
+    "bench_bpe": 2, "bench_logprob": 2, "checkpoint": 2, "corpus": 2, "dialogue": 2,
     "frontier": 2, "hf_tokenizer": 2, "judgements": 2, "report_tables": 2,
     "agreement": 3, "bert": 3, "gpt": 3, "report": 3, "training": 3,
     "bench_generate": 4, "sft": 4, "trunks": 4,
     "bench_pretrain": 5, "classify": 5, "reward": 5, "vae": 5,
     "bench_scaling": 6, "export": 6, "latent": 6, "ppo": 6,
-    "kl_table": 7, "shaping": 7, "trainers": 7,
+    "agent": 7, "kl_table": 7, "shaping": 7, "trainers": 7,
     "evaluation": 8,
     "bench_ppo": 9, "comparisons": 9, "samplers": 9,
-    "bench_objective": 10, "smc": 10,
+    "bench_objective": 10, "smc": 10, "supervise": 10,
     "posterior": 11,
     "__main__": 12,
 }  # fmt: skip

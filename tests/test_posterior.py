@@ -207,9 +207,7 @@ def test_beta_is_what_the_run_ended_at(tmp_path, monkeypatch, summary, beta):
     if summary is not None:
         (tmp_path / "summary.json").write_text(json.dumps(summary))
     stage, policy = make()
-    monkeypatch.setattr(posterior, "load_gpt", lambda *_: (stage.ref, stage.tokenizer))
-    monkeypatch.setattr(posterior, "load_reward", lambda *_: (score, score))
-    monkeypatch.setattr(posterior, "prompt_docs", lambda *_: DOCS)
+    monkeypatch.setattr(posterior, "open_stage", lambda *_: (stage, [DOCS]))
     monkeypatch.setattr(posterior.checkpoint, "resolve", lambda folder: folder)
     monkeypatch.setattr(posterior.GPT, "from_pretrained", lambda *_, **__: policy)
     assert posterior.open_run(tmp_path, "cpu")[-1] == beta

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from nanokl import UserError, chat
 from nanokl.evaluation import draw_prompts, prompt_docs
-from nanokl.generate import Rollout
 from nanokl.gpt import GPT
 from nanokl.kl import BetaController
 from nanokl.ppo import (
@@ -37,6 +36,7 @@ from nanokl.ppo import (
     score_rollouts,
     value_loss,
 )
+from nanokl.rollout import Rollout
 from nanokl.runtime import Runtime, generator
 from nanokl.tokenizer import Tokenizer, train_bpe
 
@@ -147,6 +147,21 @@ def test_gae_without_discount_is_return_minus_value(case):
     to_go = reward.flip(1).cumsum(1).flip(1) * mask
     torch.testing.assert_close(adv, (to_go - value) * mask)
     torch.testing.assert_close(ret, to_go)
+
+
+@MANY
+@given(st.integers(0, 2**31), st.integers(1, 4), st.floats(0, 1), st.floats(0, 1))
+def test_gae_skips_what_the_user_says(seed, n_rows, gamma, lam):
+    """As if each row's gaps were cut out of it, junk and all."""
+    rng = torch.Generator().manual_seed(seed)
+    mask = torch.rand(n_rows, 9, generator=rng) < 0.5
+    reward, value = randn(n_rows, 9, seed=seed), randn(n_rows, 9, seed=seed + 1)
+    adv, ret = gae(reward, value, mask, gamma=gamma, lam=lam)
+    assert not adv[~mask].any() and not ret[~mask].any()
+    for i, mine in enumerate(mask):
+        whole = torch.ones(1, int(mine.sum()), dtype=torch.bool)
+        short = gae(reward[i, mine][None], value[i, mine][None], whole, gamma=gamma, lam=lam)
+        torch.testing.assert_close((adv[i, mine], ret[i, mine]), (short[0][0], short[1][0]))
 
 
 def test_policy_loss_of_two_tokens_by_hand():
@@ -305,15 +320,15 @@ def test_what_users_say_is_a_prompt_as_it_is(tmp_path):
              [say("assistant", "hello")], [say("user", "7?")]]
     (tmp_path / chat.FILE).write_text("".join(json.dumps({"messages": m}) + "\n" for m in talks))
     docs = prompt_docs(tmp_path, "train", "movie", tokenizer)
-    user, assistant = map(tokenizer.special, chat.TURNS.values())
-    assert docs == [[user, *tokenizer.encode(" what is 7 plus 5?"), assistant],
-                    [user, *tokenizer.encode(" 7?"), assistant]]
-    prompts = draw_prompts(docs, 40, SamplingConfig(min_prompt=1, max_prompt=len(docs[0])),
-                           start=0, rng=generator(0))
-    assert {tuple(p) for p in prompts} == {(0, *doc) for doc in docs}
-    short = draw_prompts(docs, 9, SamplingConfig(min_prompt=1, max_prompt=len(docs[0]) - 1),
-                         start=0, rng=generator(0))
-    assert short == 9 * [[0, *docs[1]]]
+    start, user, assistant = map(tokenizer.special, ("<|endoftext|>", *chat.TURNS.values()))
+    assert docs == [[start, user, *tokenizer.encode(" what is 7 plus 5?"), assistant],
+                    [start, user, *tokenizer.encode(" 7?"), assistant]]
+    config = SamplingConfig(min_prompt=1, max_prompt=len(docs[0]) - 1)
+    prompts = draw_prompts(docs, 40, config, start=start, rng=generator(0))
+    assert {tuple(p) for p in prompts} == {tuple(doc) for doc in docs}
+    short = draw_prompts(docs, 9, replace(config, max_prompt=len(docs[0]) - 2), start=start,
+                         rng=generator(0))
+    assert short == 9 * [docs[1]]
     with pytest.raises(UserError, match="what users say has to fit: raise it"):
         draw_prompts(docs, 9, SamplingConfig(min_prompt=1, max_prompt=1), start=0, rng=generator(0))
 

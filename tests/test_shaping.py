@@ -12,7 +12,7 @@ import torch
 from test_ppo import CONFIG, CPU, PROMPTS, V, everything, gradient, log_p, make_ref, nudge, scores
 
 from nanokl import UserError, exact, ppo
-from nanokl.generate import Rollout
+from nanokl.rollout import Rollout
 from nanokl.runtime import Runtime, generator
 from nanokl.shaping import score_shares, token_worth
 from nanokl.trainers import TrainerConfig

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 import train_rlhf
 from nanokl import UserError, exact, metrics, optim, ppo
 from nanokl.evaluation import Stage
-from nanokl.generate import Rollout
 from nanokl.gpt import GPT
+from nanokl.rollout import Rollout
 from nanokl.runtime import Runtime, generator
 from nanokl.trainers import (
     TrainerConfig,
