@@ -1,8 +1,8 @@
 """What the training loops share: one update, state on the disk, leaving on a signal.
 
-The loops themselves are written out in train_pretrain.py, train_rlhf.py and supervise.py. Nothing random
-carries over from step to step: `seed_step` makes even dropout a function of (seed, step, rank),
-so the state of a run is its weights, its optimisers and a few numbers.
+The loops themselves are written out in train_pretrain.py, train_rlhf.py and supervise.py. Nothing
+random carries over from step to step: `seed_step` makes even dropout a function of (seed, step,
+rank), so the state of a run is its weights, its optimisers and a few numbers.
 """
 
 import contextlib

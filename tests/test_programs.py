@@ -442,6 +442,23 @@ def test_fine_tuning_on_conversations(python, demo, made_up, tmp_path):
     assert 0 <= s["pair_accuracy"] <= 1
     rated = stage("reward", tmp_path / "none")
     python.fails(*rated, "--data", "data/arithmetic", says="has ratings")
+    # both environments, two replies each; what they train is measured by the same posterior
+    sizes = ["--turns", "2", "--max_prompt", "10", "--max_new_tokens", "8"]
+    for name, policy, reward in (("arithmetic", "sft", ()), ("open_chat", "talk", ("rated",))):
+        out = tmp_path / name
+        words = ["train_rlhf.py", "ppo", "--data", tmp_path / "chat", "--policy", tmp_path / policy,
+                 "--env", f"nanokl/dialogue.py:{name}", *sizes, *SMALL["train_rlhf.py ppo"].split(),
+                 *ON_CPU, "--out", out]  # fmt: skip
+        if reward:
+            python.fails(*words, says="open_chat is paid by a reward model, and none is given")
+            words += ["--reward", tmp_path / reward[0]]
+        python.ok(*words)
+        s = read(out / "summary.json")
+        assert s["first_ratio_max_deviation"] == 0 and abs(s["kl_at_step_0"]) < 1e-6
+        assert s["posterior"]["log_z_nats_lower"] is not None
+        said = [json.loads(line)["after"] for line in (out / "samples.jsonl").open("rb")]
+        assert any("<|user|>" in text for text in said) or name == "open_chat"
+        python.ok("-m", "nanokl", "posterior", out, "--prompts", 2, "--samples", 32)
 
 
 def test_latent_variables(python, demo, tmp_path):
@@ -968,6 +985,10 @@ BAD_FLAGS = {
         ("--reward", "train_rlhf.py", ["FILE.py:FUNCTION"]),
         ("--method", "trpo", ["trpo", "rloo", "sft"]), ("--group", 0, ["group is 0"]),
         ("--group", 3, ["minibatch is 8", "multiple of group, 3"]),
+        ("--turns", 2, ["turns is 2 and env None", "nobody answers"]),
+        ("--env", "nanokl/dialogue.py:right", ["makes no environment"]),
+        ("--env", "no.py:f", ["no file 'no.py'"]),
+        ("--env", "nanokl/dialogue.py:arithmetic", ["no <|assistant|>"]),
         ("--gold", "runs/none", ["runs/none"]), ("--gold", "runs/demo/gpt", ["GPT", "RewardModel"]),
         ("--posterior_samples", 33, ["posterior_samples is 33", "multiple of 32, or 0"]),
         ("--beta=0 --kl_target", 6, ["beta is 0 and kl_target 6", "multiplies beta"]),
