@@ -7,6 +7,7 @@ basics) and 004 (RLHF, and a language model as a VAE); the README has a table of
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -39,36 +40,42 @@ def reply_nats(model: GPT, rows: Sequence[sft.Row]) -> Tensor:
     return -linear_logprob(model(idx[:, :-1]), model.head.weight, idx[:, 1:], mask=mask).logp.sum()
 
 
+def one_reply():
+    """A GPT that has learnt nothing yet, its tokenizer, and a talk whose reply has two tokens."""
+    tokenizer = train_bpe([" 5"] * 2, 264, specials=chat.CHAT_SPECIALS)
+    config = GPTConfig(vocab_size=tokenizer.vocab_size, block_size=16, n_layer=1, n_head=2,
+                       n_embd=32)
+    talk = chat.Conversation("sum", "train", TALK, {})
+    return GPT(config, generator(0, "point")), tokenizer, sft.rows_of(tokenizer, [talk], 16)
+
+
 # delta = point mass on y:   KL(pi || delta) = infinite if pi can say anything but y
 #                            KL(delta || pi) = -log pi(y)
 # With a share e of delta spread over pi, p = pi(y):
 #     KL(pi || (1 - e) delta + e pi) = (1 - p) log(1 / e) + p log(p / (1 - e + e p))
-def point_mass(steps: int = 60) -> Told:
-    """001: KL to and from the point mass on one reply; one is infinite, the other is SFT's loss."""
-    tokenizer = train_bpe([" 5"] * 2, 264, specials=chat.CHAT_SPECIALS)
-    V = tokenizer.vocab_size
-    model = GPT(GPTConfig(vocab_size=V, block_size=16, n_layer=1, n_head=2, n_embd=32),
-                generator(0, "point"))
-    rows = sft.rows_of(tokenizer, [chat.Conversation("one", "train", TALK, {})], 16)
+def measure_point_mass(model: GPT, rows: Sequence[sft.Row], e: float = 1e-6) -> dict:
+    """Both KLs between a model and the point mass on a reply of two tokens, and SFT's loss."""
     (ids, mine), = rows
-    prompt, (first, end) = ids[: mine.index(True)], ids[mine.index(True) :]
-    delta = torch.full((V * V,), -torch.inf, dtype=torch.float64)
-    delta[first * V + end] = 0
+    at, V = mine.index(True), model.config.vocab_size
+    y = ids[at] * V + ids[at + 1]  # the reply's place among all V^2
+    logp = exact.joint(exact.levels_of(model, ids[:at], 2, stop=ids[0]))
+    delta = torch.full_like(logp, -torch.inf)
+    delta[y] = 0
+    spread = torch.logaddexp(delta + math.log(1 - e), logp + math.log(e))
+    return {"to": exact.kl(logp, delta).item(), "to_spread": exact.kl(logp, spread).item(),
+            "from": exact.kl(delta, logp).item(), "sft": reply_nats(model, rows).item(),
+            "p": logp[y].exp().item()}
 
-    def measure() -> dict:
-        logp = exact.joint(exact.levels_of(model, prompt, 2, stop=end))  # of all V^2 replies
-        spread = torch.logaddexp(delta + torch.tensor(1 - 1e-6).double().log(), logp
-                                 + torch.tensor(1e-6).double().log())
-        return {"to": exact.kl(logp, delta).item(), "from": exact.kl(delta, logp).item(),
-                "to_spread": exact.kl(logp, spread).item(), "sft": reply_nats(model, rows).item(),
-                "p": logp[first * V + end].exp().item()}
 
-    before = measure()
+def point_mass(steps: int = 60) -> Told:
+    """001: KL to and from the point mass on one reply: one is infinite, one is SFT's loss."""
+    model, _, rows = one_reply()
+    numbers = {"before": measure_point_mass(model, rows)}
     fit(lambda step: reply_nats(model, rows), muon_and_adamw(model), steps)
-    numbers = {"before": before, "after": measure()}
+    numbers["after"] = measure_point_mass(model, rows)
     return [f"{when:7}KL(pi || point mass) {x['to']}, with a millionth of it spread over pi "
-            f"{x['to_spread']:.4f}; KL(point mass || pi) {x['from']:.4f} nats, SFT's loss "
-            f"{x['sft']:.4f}" for when, x in numbers.items()], numbers
+            f"{x['to_spread']:.4f}; KL(point mass || pi) {x['from']:.4f}, SFT's loss "
+            f"{x['sft']:.4f} nats" for when, x in numbers.items()], numbers
 
 
 # grad log pi(y) by the logit of token a at prefix s is 1[a = y_t] - pi(a | s) where y goes through

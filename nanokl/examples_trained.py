@@ -253,10 +253,11 @@ def paint(axes, summary: dict, rows: list[dict]) -> bool:
     return True
 
 
-def optimisers(out: Path | None = None, *, grid: dict = GRID, steps: int = 120) -> Told:
+def optimisers(out: Path | None = None, *, grid: dict = GRID, steps: int = 120,
+               seeds: Sequence[int] = (1, 2, 3)) -> Told:
     """003: SGD, Adam, AdamW and Muon on one task, the next character of a sonnet.
 
-    Rate and decay are the best of the grid at seed 0, the numbers those of seeds 1 to 3. Draws
+    Rate and decay are the best of the grid at seed 0, the numbers those of other seeds. Draws
     OUT/optimisers.png.
     """
     found = {}
@@ -264,7 +265,7 @@ def optimisers(out: Path | None = None, *, grid: dict = GRID, steps: int = 120) 
         at = [(np.mean(verse_curve(name, lr, decay, steps=steps, seed=0)[-10:]), lr, decay)
               for lr, decay in product(rates, decays)]
         _, lr, decay = min(at)
-        curves = [verse_curve(name, lr, decay, steps=steps, seed=seed) for seed in (1, 2, 3)]
+        curves = [verse_curve(name, lr, decay, steps=steps, seed=seed) for seed in seeds]
         last = [float(np.mean(curve[-10:])) for curve in curves]
         found[name] = {"loss": float(np.mean(last)), "least": min(last), "most": max(last),
                        "lr": lr, "decay": decay, "first": [curve[0] for curve in curves],
@@ -273,6 +274,6 @@ def optimisers(out: Path | None = None, *, grid: dict = GRID, steps: int = 120) 
         figures.draw(out, found, [], "optimisers", "Four optimisers", "loss, nats a character", "",
                      paint)
     lines = [f"{name:7}{x['loss']:.2f} nats a character after {steps} steps ({x['least']:.2f} to "
-             f"{x['most']:.2f} over three seeds), rate {x['lr']:g}, decay {x['decay']:g}"
+             f"{x['most']:.2f} over {len(seeds)} seeds), rate {x['lr']:g}, decay {x['decay']:g}"
              for name, x in sorted(found.items(), key=lambda x: x[1]["loss"])]
     return lines, {name: {k: v for k, v in x.items() if k != "curve"} for name, x in found.items()}
