@@ -6,7 +6,6 @@ are 000 (language models in Bayes' view), 001 (KL, RL and Bayes), 002 (RL in Bay
 basics) and 004 (RLHF, and a language model as a VAE); the README has a table of all that they show.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from nanokl.examples_trained import (
 from nanokl.gpt import GPT, GPTConfig
 from nanokl.kl_table import World, error_and_cosine, make_world
 from nanokl.logprob import linear_logprob
+from nanokl.metrics import write_json
 from nanokl.runtime import generator
 from nanokl.tokenizer import train_bpe
 
@@ -195,7 +195,7 @@ EXAMPLES: dict[str, Callable[[], Told]] = {
 
 
 def run(names: Sequence[str], out: Path) -> Iterator[str]:
-    """Lines of the examples of these names, of all where none is named; OUT/examples.json.
+    """Lines of the examples of these names, all where none is named; numbers: OUT/examples.json.
 
     UserError for a name that is none, before anything is run.
     """
@@ -210,5 +210,5 @@ def run(names: Sequence[str], out: Path) -> Iterator[str]:
         yield f"{name} - article {EXAMPLES[name].__doc__.splitlines()[0]}"
         lines, found[name] = optimisers(out) if name == "optimisers" else EXAMPLES[name]()
         yield from (f"    {line}" for line in lines)
-        path.write_bytes((json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
+        write_json(path, found)
     yield f"numbers: {path}"

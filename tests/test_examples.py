@@ -1,12 +1,15 @@
 """The articles' examples against closed forms, loops over texts, entropies of tiny corpora."""
 
+import importlib
 import itertools
 import json
 import math
+import re
 from collections import Counter
 
 import pytest
 import torch
+from conftest import ROOT
 from test_exact import law, make, slow_kl, table
 from test_sft import CPU, Flags
 from torch.nn.functional import cosine_similarity
@@ -254,6 +257,9 @@ def test_run_some_and_none(tmp_path):
     saved = json.loads((tmp_path / "new" / "examples.json").read_bytes())
     assert saved.keys() == {"tilting", "beta"}
     assert saved["tilting"] == examples.tilting()[1]
+    list(examples.run(["point-mass"], tmp_path / "new"))
+    saved = json.loads((tmp_path / "new" / "examples.json").read_bytes())["point-mass"]
+    assert saved["after"]["to"] is None and saved["after"]["from"] > 0  # JSON has no infinity
     with pytest.raises(UserError, match="no example is called sarsa, x: choose among masked-word"):
         list(examples.run(["tilting", "sarsa", "x"], tmp_path / "none"))
     with pytest.raises(UserError, match="is a file: choose a folder"):
@@ -261,6 +267,16 @@ def test_run_some_and_none(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_every_example_is_called_by_what_it_shows():
+def test_the_readmes_table_is_whole():
+    """Each example under its article, all five articles, and no function that is not there."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## The articles' examples")[1]
+    section = section.split("\n## ")[0]
+    rows = [row.split("|")[1:4] for row in re.findall(r"^\| 00.*", section, flags=re.M)]
+    assert {article.split()[0] for article, *_ in rows} == {"000", "001", "002", "003", "004"}
     for name, example in examples.EXAMPLES.items():
-        assert example.__doc__[:4] in ("000:", "001:", "002:", "003:", "004:"), name
+        (article,) = (article for article, _, where in rows if f"`examples {name}`" in where)
+        assert example.__doc__.startswith(article.split()[0] + ": "), name
+    named = re.findall(r"`(\w+)\.(?!py`)(\w+)`", "".join(where for *_, where in rows))
+    assert len(named) > 20
+    for module, function in named:
+        assert hasattr(importlib.import_module(f"nanokl.{module}"), function), (module, function)
