@@ -25,7 +25,7 @@ from nanokl.examples_trained import (
     says_it_back,
 )
 from nanokl.gpt import GPT, GPTConfig
-from nanokl.kl_table import World, error_and_cosine, make_world
+from nanokl.kl_table import error_and_cosine, make_world
 from nanokl.logprob import linear_logprob
 from nanokl.metrics import write_json
 from nanokl.runtime import generator
@@ -95,10 +95,9 @@ def scores(policy: exact.Levels) -> Tensor:
 
 # grad J = sum_y pi(y) (r(y) - beta log pi(y) / ref(y)) grad log pi(y): the KL's own gradient is in
 # it, since sum_y pi(y) grad log pi(y) = 0. The article leaves the KL where no gradient reaches it.
-def policy_gradient(samples: int = 20_000, *, world: World | None = None, beta: float = 0.5,
-                    seed: int = 0) -> Told:
+def policy_gradient(samples: int = 20_000, beta: float = 0.5) -> Told:
     """001: the policy gradient with its KL term: autograd, closed form, REINFORCE."""
-    world, rng = world or make_world(), generator(seed, "policy-gradient")
+    world, rng = make_world(), generator(0, "policy-gradient")
     logp, logp_ref = exact.joint(world.policy), exact.joint(world.ref)
     r = torch.randn(len(logp), generator=rng, dtype=torch.float64)
     by_autograd = world.gradient(exact.objective(logp, logp_ref, r, beta))
@@ -107,12 +106,12 @@ def policy_gradient(samples: int = 20_000, *, world: World | None = None, beta: 
     closed, without = (p * gain) @ score, (p * r) @ score
     drawn = torch.multinomial(p, samples, replacement=True, generator=rng)
     sampled = gain[drawn] @ score[drawn] / samples  # REINFORCE, reward r - beta log pi/ref
-    lines = []
     variance = {name: (p * x.square()) @ score.square() - closed.square() for name, x in
                 (("plain", gain), ("baseline", gain - p @ gain))}  # of one text's gradient
     z = (sampled - closed) / (variance["plain"] / samples).sqrt()
     numbers = {"largest_z": z.abs().max().item(), "places": len(z),
                **{f"sd_{name}": x.sum().sqrt().item() for name, x in variance.items()}}
+    lines = []
     for name, x in (("closed form", closed), ("REINFORCE", sampled), ("no KL term", without)):
         numbers[name] = error_and_cosine(x, by_autograd)
         lines.append("{:13}error {:.1e}, cosine {:.4f}".format(name, *numbers[name]))

@@ -1,7 +1,7 @@
 """What a model takes for alike: the tokens whose embeddings have the highest cosine to a word's.
 
 In these models the head's weight is the embedding, p(token) = softmax(W h), the inner products of
-word2vec (Mikolov et al. arXiv:1301.3781), so that tokens which stand in the same places get vectors
+word2vec (Mikolov et al. arXiv:1310.4546), so that tokens which stand in the same places get vectors
 of one direction. Neither centred nor scaled: on the models of `make demo` the plain cosine lists
 fewer words that are merely frequent. A word of several tokens has the mean of their directions,
 which says little. Left out: analogies, a trainer of word2vec's own.
