@@ -244,7 +244,7 @@ def verse_curve(name: str, lr: float, decay: float, *, steps: int, seed: int) ->
 
 
 def paint(axes, summary: dict, rows: list[dict]) -> bool:
-    """The loss of each optimiser over the steps."""
+    """The loss of each optimiser over the steps, a mean over seeds."""
     colours = (figures.MUTED, figures.INK, figures.YARD, figures.OURS)
     for (name, found), colour in zip(summary.items(), colours, strict=True):
         axes.plot(found["curve"], color=colour, lw=1.5,
@@ -269,7 +269,7 @@ def optimisers(out: Path | None = None, *, grid: dict = GRID, steps: int = 120,
         last = [float(np.mean(curve[-10:])) for curve in curves]
         found[name] = {"loss": float(np.mean(last)), "least": min(last), "most": max(last),
                        "lr": lr, "decay": decay, "first": [curve[0] for curve in curves],
-                       "curve": curves[0]}
+                       "curve": np.mean(curves, 0)}
     if out is not None:
         figures.draw(out, found, [], "optimisers", "Four optimisers", "loss, nats a character", "",
                      paint)
