@@ -51,6 +51,24 @@ def test_exact_once_every_text_was_seen():
     assert gap(soft_q.soft_q(ref, r, 0.5, episodes=8, rng=rng(1), own=False), ref, r, 0.5) > 0.01
 
 
+def test_each_text_once_is_enough(monkeypatch):
+    """In any order, the last token of each text first; a text left out keeps its high hopes."""
+    r = torch.randn(16, generator=rng(3), dtype=torch.float64)
+    ref = [torch.zeros(2**t, 2, dtype=torch.float64).log_softmax(1) for t in range(4)]
+    order = iter(2 * torch.randperm(16, generator=rng(4)).tolist())
+
+    def replay(logits, V, T, rng):
+        y = next(order)
+        return [(y >> (T - t), y >> (T - t - 1) & 1) for t in range(T)]
+
+    monkeypatch.setattr(soft_q, "draw", replay)
+    wanted = (r / 0.5).softmax(0)  # r / beta
+    near(exact.joint(soft_q.soft_q(ref, r, 0.5, episodes=16, rng=rng(0))).exp(), wanted)
+    found = exact.joint(soft_q.soft_q(ref, r, 0.5, episodes=15, rng=rng(0)))
+    left_out = next(order)
+    assert left_out != r.argmax() and found[left_out].exp() > 1.05 * wanted[left_out]
+
+
 @each_world
 def test_a_slow_rate_gets_there_too(world):
     ref, _, r, beta = make(world)
