@@ -47,7 +47,7 @@ PPO ?= $(PPO_$(BUDGET))
 go_on = $(if $(wildcard $(RUN)/$(1)/last/state.pt),--resume)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint check demo data pretrain bert vae reward minilm classes rlhf trainers overoptimisation report results bench parity clean
+.PHONY: help setup test lint check demo data pretrain bert vae examples reward minilm classes rlhf trainers overoptimisation report results bench parity clean
 
 help: ## 0    this list
 	@echo "Minutes on a 2-core x86-64 CPU with AMX, 2026-11, after setup; a stage with what it needs:"
@@ -109,6 +109,9 @@ $(RUN)/vae/latent/summary.json: | $(RUN)/vae/plain/summary.json
 	$(call train_vae,latent) --lm $(RUN)/vae/plain
 $(RUN)/vae/collapsed/summary.json: | $(RUN)/vae/plain/summary.json
 	$(call train_vae,collapsed) --lm $(RUN)/vae/plain --free_bits 0 --kl_warmup 0
+
+examples: $(VENV) ## 0.6  the articles' examples, repaired, in runs/examples
+	$(PY) -m nanokl examples
 
 # others' encoder in the place of ours
 MINILM := data/minilm/model

@@ -19,10 +19,11 @@ Reading order
     logprob, ngrams, reward, kl, ppo, train_rlhf.py    from human ratings to a policy
     trunks, judgements, agreement, comparisons         what raters said, and how far a model agrees
     labelled, classify                                 classes of texts
-    exact, bayes, posterior, frontier                  the posterior, and the gap to it
+    exact, bayes, posterior, frontier, soft_q          the posterior, and the gap to it
     samplers, smc, trainers                            other ways to the same posterior
     vae, latent                                        texts drawn as numbers first: the same bound
     chat, sft, dialogue                                conversations, and users to talk to
+    neighbours, examples_trained, examples             what the first articles show, repaired
     optim, runtime, checkpoint, metrics, report        what every run needs
     throughput                                         how fast it goes
 """

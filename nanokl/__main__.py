@@ -10,7 +10,18 @@ import numpy as np
 import torch
 import tyro
 
-from nanokl import UserError, bench, bert, checkpoint, kl_table, latent, posterior, require_positive
+from nanokl import (
+    UserError,
+    bench,
+    bert,
+    checkpoint,
+    examples,
+    kl_table,
+    latent,
+    neighbours,
+    posterior,
+    require_positive,
+)
 from nanokl import runtime as rt
 from nanokl.classify import Classifier
 from nanokl.export import export
@@ -123,6 +134,32 @@ class Embed:
             return
         for text, row in zip(texts, embeddings.tolist(), strict=True):
             print(json.dumps({"text": text, "embedding": row}, ensure_ascii=False))
+
+
+@dataclass
+class Neighbours:
+    """The tokens that a GPT or an encoder takes for most like a word, by their embeddings."""
+
+    run: Annotated[Path, tyro.conf.Positional]  # a run or checkpoint folder, such as runs/demo/gpt
+    word: Annotated[str, tyro.conf.Positional]  # a word, one token at best
+    top_k: int = 8  # how many to show
+
+    def __call__(self) -> None:
+        for token, cosine in neighbours.of_run(self.run, self.word, self.top_k):
+            print(f"{cosine:6.3f}  {token.strip()}")
+
+
+@dataclass
+class Examples:
+    """The examples of the articles, repaired: what comes out beside what should."""
+
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # such as tilting; none: all
+    out: Path = Path("runs/examples")  # folder for numbers and the figure
+
+    def __call__(self) -> None:
+        rt.setup("cpu", "float32")
+        for line in examples.run(self.names, self.out):
+            print(line, flush=True)
 
 
 @dataclass
@@ -243,8 +280,8 @@ def _progress(line: str) -> None:
 
 def main() -> None:
     commands = {"sample": Sample, "interpolate": Interpolate, "fill-mask": FillMask,
-                "embed": Embed, "score": Score, "export": Export, "report": Report,
-                "posterior": Posterior, "bench": Bench}
+                "neighbours": Neighbours, "embed": Embed, "score": Score, "export": Export,
+                "report": Report, "posterior": Posterior, "examples": Examples, "bench": Bench}
     rt.parse_flags(commands, prog="python -m nanokl", description=__doc__)()
 
 

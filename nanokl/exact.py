@@ -140,23 +140,3 @@ def best_of_n(logp_ref: Tensor, r: Tensor, n: float) -> Tensor:
     top = -(n * torch.log1p(-(mass / cdf).clamp(max=1))).expm1()  # 1 - (F_{u-} / F_u)^n
     tilt = n * log_cdf + top.log() - mass.log()
     return logp_ref + torch.where(mass > 0, tilt, -torch.inf).gather(-1, level)
-
-
-# Q(s, a) <- Q + rate (V(sa) - Q),  V(s) = beta log sum_a ref(a | s) exp(Q(s, a) / beta),
-# V(y) = r(y): the articles' Q-learning with a KL penalty, whose fixed point is `soft_values`.
-# Q starts at the highest reward: what has not been tried looks good, and so is tried.
-def soft_q(ref: Levels, r: Tensor, beta: float, *, episodes: int, rate: float,
-           rng: torch.Generator) -> Levels:
-    """Tabular soft Q-learning from texts that it samples itself; returns its policy's levels."""
-    Q, V = [torch.full_like(level, r.max()) for level in ref], ref[0].shape[1]
-    for _ in range(episodes):
-        s, tilted = 0, ref[0][0] + Q[0][0] / beta
-        for t in range(len(ref)):
-            a = int(torch.multinomial(tilted.softmax(0), 1, generator=rng))
-            after = s * V + a
-            if t + 1 < len(ref):
-                tilted = ref[t + 1][after] + Q[t + 1][after] / beta
-            target = beta * tilted.logsumexp(0) if t + 1 < len(ref) else r[after]
-            Q[t][s, a] += rate * (target - Q[t][s, a])
-            s = after
-    return [(level + q / beta).log_softmax(1) for level, q in zip(ref, Q, strict=True)]

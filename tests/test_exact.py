@@ -339,14 +339,3 @@ def test_best_of_n_of_tiny_masses_keeps_its_digits():
     best = exact.best_of_n(p.log(), torch.tensor([0.0, 1.0, 2.0]).double(), 400)
     near(best[0], 400 * math.log(1e-3))
     near(best[2], math.log(4e-13), 1e-9)
-
-
-@pytest.mark.parametrize("world", [(3, 3, 0.5, None, None, 1), (3, 3, 0.3, STOP, 3, 2),
-                                   (3, 3, 0.1, None, None, 7)])
-def test_soft_q_learning_reaches_the_posterior(world):
-    ref, _, r, beta = make(world)
-    start, *later = (exact.soft_q(ref, r, beta, episodes=n, rate=0.7, rng=rng(0))
-                     for n in (0, 200, 2000))
-    gaps = [exact.gap(exact.joint(x), exact.joint(ref), r, beta) for x in (start, *later)]
-    near(exact.joint(start).exp(), exact.joint(ref).exp())
-    assert gaps[0] > 0.6 and gaps[1] < gaps[0] / 20 and -1e-12 < gaps[2] < 5e-3, gaps

@@ -15,16 +15,16 @@ RANK = {
     "exact": 0, "figures": 0, "hf": 0, "kl": 0, "labelled": 0, "layers": 0,
     "logprob": 0, "metrics": 0, "ngram_embedding": 0, "ngrams": 0, "optim": 0, "runtime": 0,
     "rollout": 0, "tokenizer": 0,
-    "bayes": 1, "bench": 1, "chat": 1, "data": 1, "generate": 1, "throughput": 1,
+    "bayes": 1, "bench": 1, "chat": 1, "data": 1, "generate": 1, "soft_q": 1, "throughput": 1,
     "transformer": 1, "weights": 1, "wordpiece": 1,
     "bench_bpe": 2, "bench_logprob": 2, "checkpoint": 2, "corpus": 2, "dialogue": 2,
     "frontier": 2, "hf_tokenizer": 2, "judgements": 2, "report_tables": 2,
     "agreement": 3, "bert": 3, "gpt": 3, "report": 3, "training": 3,
-    "bench_generate": 4, "sft": 4, "trunks": 4,
+    "bench_generate": 4, "neighbours": 4, "sft": 4, "trunks": 4,
     "bench_pretrain": 5, "classify": 5, "reward": 5, "vae": 5,
     "bench_scaling": 6, "export": 6, "latent": 6, "ppo": 6,
-    "agent": 7, "kl_table": 7, "shaping": 7, "trainers": 7,
-    "evaluation": 8,
+    "agent": 7, "examples_trained": 7, "kl_table": 7, "shaping": 7, "trainers": 7,
+    "evaluation": 8, "examples": 8,
     "bench_ppo": 9, "comparisons": 9, "samplers": 9,
     "bench_objective": 10, "smc": 10, "supervise": 10,
     "posterior": 11,
@@ -85,10 +85,10 @@ def test_file_budget(path):
 def test_package_budget():
     """The posterior's files are 2,000; others' checkpoints, in and out, and classes 1,500; the
 
-    other systems, latent variables and dialogue, may have 2,000.
+    other systems, latent variables, dialogue and the articles' examples, may have 3,000.
     """
     total = sum(len(lines(p)) for p in MODULES)
-    assert total <= 12000, f"the package has {total} lines of 12,000"
+    assert total <= 13000, f"the package has {total} lines of 13,000"
     over = [p.name for p in MODULES if len(lines(p)) > 300]
     assert len(over) <= 1, f"over 300 lines: {over}"
 

@@ -59,6 +59,8 @@ SMALL = {
     "-m nanokl interpolate": "--steps 3",
     "talk.py": "",
     "-m nanokl fill-mask": "",
+    "-m nanokl neighbours": "--top_k 3",
+    "-m nanokl examples": "tilting beta",
     "-m nanokl embed": "",
     "-m nanokl export": "",
     "-m nanokl score": "",
@@ -587,7 +589,7 @@ def test_a_wrong_placement_says_so(python, demo, tmp_path):
     "train_rlhf.py", "-m nanokl interpolate",
     "train_rlhf.py reward", "train_rlhf.py ppo", "-m nanokl", "-m nanokl sample",
     "-m nanokl fill-mask", "-m nanokl score", "-m nanokl report",
-    "-m nanokl posterior", "-m nanokl bench",
+    "-m nanokl posterior", "-m nanokl bench", "-m nanokl examples", "-m nanokl neighbours",
 ])  # fmt: skip
 def test_help(python, command):
     done = python.ok(*command.split(), "--help")
