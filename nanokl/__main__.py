@@ -1,8 +1,8 @@
-"""Use what was trained: python -m nanokl {sample,interpolate,fill-mask,embed,score,export,...}."""
+"""Use what was trained: python -m nanokl {sample,chat,interpolate,fill-mask,embed,score,...}."""
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,7 +10,18 @@ import numpy as np
 import torch
 import tyro
 
-from nanokl import UserError, bench, bert, checkpoint, kl_table, latent, posterior, require_positive
+from nanokl import (
+    UserError,
+    answers,
+    bench,
+    bert,
+    checkpoint,
+    kl_table,
+    latent,
+    posterior,
+    repl,
+    require_positive,
+)
 from nanokl import runtime as rt
 from nanokl.classify import Classifier
 from nanokl.export import export
@@ -191,6 +202,31 @@ class Posterior:
 
 
 @dataclass
+class Chat:
+    """A conversation in the terminal: prior and posterior answer each line, with reward and KL."""
+
+    run: Annotated[Path, tyro.conf.Positional]  # of train_rlhf.py ppo or sft, or any GPT
+    sampler: Literal[answers.SAMPLERS] = "policy"  # who answers beside the reference
+    n: int = 64  # of best-of-n; proposals of sir, steps of mh, particles of smc
+    reward: str | None = None  # a reward run, or FILE.py:FUNCTION; a run of ppo has its own
+    beta: float | None = None  # price of a nat for sir, mh and smc; a run of ppo has its own
+    temperature: float | None = None  # the run's own, or 1
+    max_new_tokens: int | None = None  # longest answer; the run's own, or 40
+    file: Path | None = None  # a chat file whose first conversation goes on
+    line: int | None = None  # the conversation in this line of it
+    seed: int = 0  # same seed, same lines, same answers
+    device: str = "auto"  # auto, cpu, cuda or mps
+
+    def __call__(self) -> None:
+        if self.line is not None and self.file is None:
+            raise UserError(f"line is {self.line} and there is no file: give --file, too")
+        messages = [] if self.file is None else repl.load_messages(self.file, self.line)
+        given = {f.name: getattr(self, f.name) for f in fields(self)
+                 if f.name not in ("run", "file", "line")}
+        repl.Repl(answers.open_answers(self.run, **given), repl.Terminal.standard(), messages).run()
+
+
+@dataclass
 class Report:
     """summary.json, report.html and figures of a whole run."""
 
@@ -242,7 +278,7 @@ def _progress(line: str) -> None:
 
 
 def main() -> None:
-    commands = {"sample": Sample, "interpolate": Interpolate, "fill-mask": FillMask,
+    commands = {"sample": Sample, "chat": Chat, "interpolate": Interpolate, "fill-mask": FillMask,
                 "embed": Embed, "score": Score, "export": Export, "report": Report,
                 "posterior": Posterior, "bench": Bench}
     rt.parse_flags(commands, prog="python -m nanokl", description=__doc__)()
