@@ -22,6 +22,7 @@ from nanokl.stream import Characters, visible
 LONGEST = 1 << 16  # bytes that are read of a line
 ENDLESS = 1 << 26  # bytes of one line, after which no end of it is waited for
 INDENT = 11  # columns of the names
+NOTHING = "(nothing)"  # of an answer that ends where it begins
 HELP = """/reset     forget what was said
 /temp X    sample, and measure, at temperature X from here on
 /beta X    the price of a nat that sir, mh and smc heed
@@ -213,19 +214,22 @@ class Repl:
             ids.append(token)
             if token != self.answers.stop:
                 text = characters.add(self.tokenizer.decode_bytes([token]))
-                text = text if begun else text.lstrip(" ")  # of the first word
+                self.say(_indented(text if begun else self._first(text)))
                 begun = begun or bool(text)
-                self.say(_indented(text))
-        self.say(characters.end())
+        self.say(characters.end() or ("" if begun else NOTHING))
         return ids, self.answers.judge(name, prompt, ids)
 
     def _choose(self, name: str, prompt: list[int]) -> tuple[list[int], str]:
         """A whole text, chosen among many."""
         draws = self.answers.draw(prompt, self.turn)
         ids = draws.rollout.responses()[0]
-        text = self.tokenizer.decode([i for i in ids if i != self.answers.stop])
-        self.say(_indented(visible(text.lstrip(" "))))
+        text = visible(self.tokenizer.decode([i for i in ids if i != self.answers.stop]))
+        self.say(_indented(self._first(text)) or NOTHING)
         return ids, self.answers.tell(draws)
+
+    def _first(self, text: str) -> str:
+        """How an answer begins: where it goes on with a text, a space there says something."""
+        return text.removeprefix(" ") if self.talks or not text else "\u2026" + text
 
 
 def _indented(text: str) -> str:
