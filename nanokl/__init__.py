@@ -23,6 +23,7 @@ Reading order
     samplers, smc, trainers                            other ways to the same posterior
     vae, latent                                        texts drawn as numbers first: the same bound
     chat, sft, dialogue                                conversations, and users to talk to
+    stream, answers, repl                              prior and posterior in the terminal
     optim, runtime, checkpoint, metrics, report        what every run needs
     throughput                                         how fast it goes
 """
