@@ -132,7 +132,7 @@ class Answers:
             rows = [torch.zeros(1, dtype=torch.int64, device=score.device)]
             measured = ppo.measure(self.policy, stage.ref, rollout, rows, stage.config,
                                    stage.runtime)
-            kl = measured[2].sum().item()
+            kl = max(measured[2].sum().item(), 0.0)  # of equal laws it is a rounding error
         return f"reward {score.item():+.2f}  KL {kl:.2f} nats"
 
     def tell(self, draws: Draws) -> str:
@@ -185,6 +185,25 @@ def _of_ppo(run: Path) -> bool:
         return False
 
 
+def _trained(run: Path, device: str) -> tuple[Stage, GPT, float, bool]:
+    """Of a run of ppo: stage, policy, beta, and whether there is a critic."""
+    stage, policy, _, beta = open_run(run, device)
+    critic = stage.config.method == "ppo"
+    stage.config = ppo.PPOConfig(**{key: getattr(stage.config, key) for key in (
+        "max_new_tokens", "temperature", "shaping")})
+    return stage, policy, beta, critic
+
+
+def _untrained(run: Path, device: str, *, alone: bool) -> tuple[Stage, GPT | None, None, bool]:
+    """Of any GPT: it is the policy where it is `alone`, else the reference."""
+    runtime, folder = rt.setup(device, "float32"), checkpoint.resolve(run)
+    model = GPT.from_pretrained(folder, dropout=0.0).to(runtime.device).eval()
+    model.requires_grad_(False)
+    ref, policy = (None, model) if alone else (model, None)
+    config = ppo.PPOConfig(max_new_tokens=NEW_TOKENS)
+    return Stage(config, runtime, load_tokenizer(folder), ref, None, 0), policy, None, False
+
+
 def open_answers(run: Path, *, sampler: str = "policy", reward: str | None = None,
                  beta: float | None = None, n: int = 64, temperature: float | None = None,
                  max_new_tokens: int | None = None, seed: int = 0,
@@ -193,28 +212,18 @@ def open_answers(run: Path, *, sampler: str = "policy", reward: str | None = Non
 
     What is None is the run's own. UserError where sampler, reward and run do not go together.
     """
-    for name, x in (("beta", beta), ("temperature", temperature), ("max_new_tokens",
-                                                                   max_new_tokens)):
+    sampling = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+    for name, x in {"beta": beta, **sampling}.items():
         positive(name, x)
-    own, critic = {"max_new_tokens": NEW_TOKENS, "temperature": 1.0}, False
-    if _of_ppo(run):
-        stage, policy, _, its_beta = open_run(run, device)
-        beta = its_beta if beta is None else beta
-        critic = stage.config.method == "ppo"
-        own = {key: getattr(stage.config, key) for key in (*own, "shaping")}
-    else:
-        runtime, folder = rt.setup(device, "float32"), checkpoint.resolve(run)
-        model = GPT.from_pretrained(folder, dropout=0.0).to(runtime.device).eval()
-        model.requires_grad_(False)
-        ref, policy = (None, model) if reward is None else (model, None)
-        stage = Stage(None, runtime, load_tokenizer(folder), ref, None, seed)
+    stage, policy, its_beta, critic = (_trained(run, device) if _of_ppo(run) else
+                                       _untrained(run, device, alone=reward is None))
     if reward is not None:
         stage.reward, stage.guess = load_reward(reward, stage.runtime)
     if stage.reward is not None:
         stage.reward, stage.guess = guarded(stage.reward), guarded(stage.guess)
-    given = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    stage.config = ppo.PPOConfig(**{**own, **{k: x for k, x in given.items() if x is not None}})
-    answers = Answers(stage, policy, sampler, n, beta, seed, critic)
+    given = {key: x for key, x in sampling.items() if x is not None}
+    stage.config = replace(stage.config, **given)
+    answers = Answers(stage, policy, sampler, n, its_beta if beta is None else beta, seed, critic)
     if answers.room < LEAST:
         new = stage.config.max_new_tokens
         raise UserError(f"max_new_tokens is {new}: give at most {answers.room + new - LEAST}, "

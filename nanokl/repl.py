@@ -97,7 +97,7 @@ class Repl:
             raise UserError("a conversation to start from, and a tokenizer without turns: give a "
                             "run of train_rlhf.py sft, or one that started there, or no --file")
         self.messages, self.turn, self.full = list(messages), 0, False
-        self.commands: dict[str, Callable[[str], None]] = {
+        self.commands: dict[str, Callable[[str], None] | None] = {
             "/reset": self._reset, "/temp": self._temp, "/beta": self._beta,
             "/help": lambda _: self.say(HELP), "/quit": None}
 

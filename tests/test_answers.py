@@ -13,7 +13,7 @@ import torch
 from test_posterior import BETA, NEW, STOP, V, make, score
 
 from nanokl import UserError, checkpoint, exact, ppo
-from nanokl.answers import SAMPLERS, Answers, guarded, open_answers
+from nanokl.answers import SAMPLERS, Answers, guarded, guess_twist, open_answers
 from nanokl.chat import CHAT_SPECIALS
 from nanokl.generate import generate
 from nanokl.gpt import GPT, GPTConfig
@@ -142,6 +142,13 @@ def test_the_same_numbers_for_prior_and_posterior():
     assert all(a == b for a, b in said) and len({tuple(a) for a, _ in said}) > 1
     other = replace(answers, seed=1)
     assert [list(other.stream("ref", PROMPT, t)) for t in range(8)] != [a for a, _ in said]
+
+
+def test_the_guess_as_a_twist():
+    stage = world("smc").stage
+    idx = torch.tensor([[0, 1, 2], [3, 3, 0]])
+    got = guess_twist(stage, 0.25)(idx)
+    assert got.tolist() == pytest.approx([4 * x for x in score(idx.tolist(), None)])
 
 
 def test_another_price_and_temperature():

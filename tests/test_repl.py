@@ -34,16 +34,17 @@ from nanokl.tokenizer import SPECIALS, Tokenizer
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A run of ppo, a GPT without turns, and one whose answers do not end for seconds."""
+    """A run of ppo, GPTs without turns, with answers that do not end for seconds, with none."""
     folder = tmp_path_factory.mktemp("runs")
     run_of_ppo(folder)
     tiny(folder / "plain", specials=SPECIALS)
-    endless(folder / "endless")
+    constant(folder / "endless", range(ord("a"), ord("z") + 1))
+    constant(folder / "silent", range(256, 257))
     return folder
 
 
-def endless(path: Path) -> None:
-    """A GPT that says small letters, all equally likely, and never stops."""
+def constant(path: Path, says: range) -> None:
+    """A GPT that says these tokens, all equally likely, whatever it has read; 256 is the stop."""
     tokenizer = Tokenizer([bytes([b]) for b in range(256)], specials=CHAT_SPECIALS)
     model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, block_size=8192, n_layer=1, n_head=1,
                           n_embd=2, bias=True, tied=False))
@@ -51,7 +52,7 @@ def endless(path: Path) -> None:
         model.norm_final.weight.zero_()
         model.norm_final.bias.fill_(1.0)  # the last state, whatever was read
         model.head.weight.fill_(-100.0)
-        model.head.weight[ord("a") : ord("z") + 1] = 0
+        model.head.weight[says] = 0
     checkpoint.save(path, model, tokenizer=tokenizer)
 
 
@@ -111,7 +112,7 @@ def test_a_conversation_goes_on_with_the_policys_answers(talk):
             text = expected(answers, name, history, turn)
             shown = f"{name:11}" + visible(text).removeprefix(" ").replace("\n", "\n" + 11 * " ")
             at = said.index(shown, at) + len(shown)
-            numbers = re.match(r"\n {11}reward (-\d+\.\d\d)  KL (\d\.\d\d|-0.00) nats\n", said[at:])
+            numbers = re.match(r"\n {11}reward (-\d+\.\d\d)  KL (\d\.\d\d) nats\n", said[at:])
             assert numbers, said[at : at + 99]
             assert name == "policy" or numbers[2] == "0.00"
         history.append(mine(text))
@@ -234,6 +235,17 @@ def test_what_a_model_says_is_made_visible(talk, folder, tmp_path):
     _, said = talk(["hi"] * 12, run="ref", max_new_tokens=40, temperature=9.0)
     assert "␛" in said or "␀" in said or "␇" in said  # 32 of 263 tokens, 480 draws: odds 1e-20
     assert not any(ord(c) < 32 and c not in "\n\t" or 127 <= ord(c) < 160 for c in said)
+
+
+def test_an_answer_of_nothing(talk, tmp_path):
+    repl, said = talk(["hi", "hi"], run="silent")
+    assert said == 2 * f"{'policy':11}(nothing)\n"
+    assert repl.messages == [user("hi"), mine("")] * 2
+    (tmp_path / "r.py").write_text("def one(ids, texts): return [1] * len(ids)")
+    _, said = talk(["hi"], run="silent", reward=f"{tmp_path / 'r.py'}:one", sampler="sir", beta=1)
+    assert said == (f"{'ref':11}(nothing)\n{'':11}reward +1.00  KL 0.00 nats\n"
+                    f"{'sir':11}(nothing)\n{'':11}reward +1.00  KL about 0.00 nats  one of 64, "
+                    "ESS 64.0\n")
 
 
 # --------------------------------------------------------------------------------- what goes wrong
