@@ -18,7 +18,7 @@ from nanokl.chat import CHAT_SPECIALS
 from nanokl.generate import generate
 from nanokl.gpt import GPT, GPTConfig
 from nanokl.runtime import generator
-from nanokl.stream import one_row
+from nanokl.samplers import Target, sir
 from nanokl.tokenizer import Tokenizer
 
 PROMPT = [0, 2]
@@ -142,6 +142,17 @@ def test_the_same_numbers_for_prior_and_posterior():
     assert all(a == b for a, b in said) and len({tuple(a) for a, _ in said}) > 1
     other = replace(answers, seed=1)
     assert [list(other.stream("ref", PROMPT, t)) for t in range(8)] != [a for a, _ in said]
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_half_of_the_proposals_are_the_policys_where_there_is_one(alone):
+    answers = world("sir", alone=alone)
+    target = Target(answers.stage, BETA, answers.policy)
+    for turn in range(5):
+        rng = generator(0, "chat", turn, "sir")
+        wanted = sir(target, [PROMPT], 1, rng, m=16, proposal="ref" if alone else "mixture")
+        draws = answers.draw(PROMPT, turn)
+        assert torch.equal(draws.log_z, wanted.log_z) and torch.equal(draws.score, wanted.score)
 
 
 def test_the_guess_as_a_twist():
@@ -303,5 +314,6 @@ def test_whole_texts_are_measured_in_their_own_width(tmp_path, opened):
         kl += (p[t].exp() * (p[t] - q[t])).sum().item()
     answers.policy.float(), answers.stage.ref.float()
     assert answers.judge("policy", prompt, response).endswith(f"KL {kl:.2f} nats") and kl > 0.1
-    row = one_row(prompt, response, answers.stop, "cpu")
-    assert row.responses() == [response]
+    for sampler in ("best-of-n", "sir", "mh", "smc"):  # a prompt that fills the context
+        full = replace(answers, sampler=sampler, n=4)
+        assert full.draw([256, *[7] * (full.room - 1)], 0).score.isfinite().all()

@@ -34,12 +34,13 @@ from nanokl.tokenizer import SPECIALS, Tokenizer
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A run of ppo, GPTs without turns, with answers that do not end for seconds, with none."""
+    """A run of ppo, GPTs without turns, with answers without end, empty, of no text."""
     folder = tmp_path_factory.mktemp("runs")
     run_of_ppo(folder)
     tiny(folder / "plain", specials=SPECIALS)
     constant(folder / "endless", range(ord("a"), ord("z") + 1))
     constant(folder / "silent", range(256, 257))
+    constant(folder / "half", range(0xE4, 0xE5))  # begins a Chinese character
     return folder
 
 
@@ -246,6 +247,10 @@ def test_an_answer_of_nothing(talk, tmp_path):
     assert said == (f"{'ref':11}(nothing)\n{'':11}reward +1.00  KL 0.00 nats\n"
                     f"{'sir':11}(nothing)\n{'':11}reward +1.00  KL about 0.00 nats  one of 64, "
                     "ESS 64.0\n")
+
+
+def test_an_answer_that_ends_in_mid_character(talk):
+    assert talk(["hi"], run="half", max_new_tokens=3)[1] == f"{'policy':11}\ufffd\ufffd\ufffd\n"
 
 
 # --------------------------------------------------------------------------------- what goes wrong
