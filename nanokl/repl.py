@@ -9,6 +9,7 @@ terminal's own, saving what was said.
 """
 
 import errno
+import re
 import sys
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ LONGEST = 1 << 16  # bytes that are read of a line
 ENDLESS = 1 << 26  # bytes of one line, after which no end of it is waited for
 INDENT = 11  # columns of the names
 NOTHING = "(nothing)"  # of an answer that ends where it begins
+KEYS = r"\x1b[\[O][0-9;]*[A-Za-z~]"  # what arrows and other such keys send
 HELP = """/reset     forget what was said
 /temp X    sample, and measure, at temperature X from here on
 /beta X    the price of a nat that sir, mh and smc heed
@@ -139,7 +141,7 @@ class Repl:
 
     def _take(self, line: str) -> bool:
         """One line: a command or something said; False: it was the last."""
-        text = chat.clean(line)
+        text = chat.clean(re.sub(KEYS, "", line))
         if any(unicodedata.category(c) == "Cc" and not c.isspace() for c in line):
             self.say("(control characters are left out)\n")
         name, _, rest = text.partition(" ")

@@ -199,11 +199,11 @@ def test_the_temperature_is_that_of_the_next_answer(talk):
 
 
 def test_hostile_lines(talk):
-    repl, said = talk(b"\x1b[2J\x00hi\x07\n" + b"\xff\xfe ok\n" + b"\x00\x1b\n \t\n" + b"last",
+    repl, said = talk(b"\x1b[2J\x00h\x1b[Ai\x07\n" + b"\xff\xfe ok\n" + b"\x00\x1b\n \t\x1bOP\n" + b"last",
                       max_new_tokens=3)
     assert [m["content"] for m in repl.messages if m["role"] == "user"] == [
-        "[2Jhi", "\ufffd\ufffd ok", "last"]  # fmt: skip
-    assert said.count("(control characters are left out)\n") == 2
+        "hi", "\ufffd\ufffd ok", "last"]  # fmt: skip
+    assert said.count("(control characters are left out)\n") == 3
     assert said.count("(nothing to answer") == 2
     assert not any(ord(c) < 32 and c not in "\n\t" for c in said)
     _, said = talk(b"/\x1b]0;x\x07" + b"z" * 99 + b"\n")
