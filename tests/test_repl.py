@@ -199,8 +199,8 @@ def test_the_temperature_is_that_of_the_next_answer(talk):
 
 
 def test_hostile_lines(talk):
-    repl, said = talk(b"\x1b[2J\x00h\x1b[Ai\x07\n" + b"\xff\xfe ok\n" + b"\x00\x1b\n \t\x1bOP\n" + b"last",
-                      max_new_tokens=3)
+    lines = [b"\x1b[2J\x00h\x1b[Ai\x07", b"\xff\xfe ok", b"\x00\x1b", b" \t\x1bOP", b"last"]
+    repl, said = talk(b"\n".join(lines), max_new_tokens=3)
     assert [m["content"] for m in repl.messages if m["role"] == "user"] == [
         "hi", "\ufffd\ufffd ok", "last"]  # fmt: skip
     assert said.count("(control characters are left out)\n") == 3
