@@ -22,7 +22,8 @@ Reading order
     exact, bayes, posterior, frontier, soft_q          the posterior, and the gap to it
     samplers, smc, trainers                            other ways to the same posterior
     vae, latent                                        texts drawn as numbers first: the same bound
-    chat, sft, dialogue                                conversations, and users to talk to
+    chat, sft, dialogue, agent                         conversations, and users to talk to
+    stream, answers, repl                              prior and posterior in the terminal
     neighbours, examples_trained, examples             what the first articles show, repaired
     optim, runtime, checkpoint, metrics, report        what every run needs
     throughput                                         how fast it goes

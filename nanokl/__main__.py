@@ -1,4 +1,4 @@
-"""Use what was trained: python -m nanokl {sample,interpolate,fill-mask,embed,score,export,...}."""
+"""Use what was trained: python -m nanokl {sample,chat,interpolate,fill-mask,embed,score,...}."""
 
 import json
 import sys
@@ -20,6 +20,7 @@ from nanokl import (
     latent,
     neighbours,
     posterior,
+    repl,
     require_positive,
 )
 from nanokl import runtime as rt
@@ -279,9 +280,10 @@ def _progress(line: str) -> None:
 
 
 def main() -> None:
-    commands = {"sample": Sample, "interpolate": Interpolate, "fill-mask": FillMask,
-                "neighbours": Neighbours, "embed": Embed, "score": Score, "export": Export,
-                "report": Report, "posterior": Posterior, "examples": Examples, "bench": Bench}
+    commands = {"sample": Sample, "chat": repl.Chat, "interpolate": Interpolate,
+                "fill-mask": FillMask, "neighbours": Neighbours, "embed": Embed, "score": Score,
+                "export": Export, "report": Report, "posterior": Posterior, "examples": Examples,
+                "bench": Bench}
     rt.parse_flags(commands, prog="python -m nanokl", description=__doc__)()
 
 

@@ -19,6 +19,7 @@ RANK = {
     "transformer": 1, "weights": 1, "wordpiece": 1,
     "bench_bpe": 2, "bench_logprob": 2, "checkpoint": 2, "corpus": 2, "dialogue": 2,
     "frontier": 2, "hf_tokenizer": 2, "judgements": 2, "report_tables": 2,
+    "stream": 2,
     "agreement": 3, "bert": 3, "gpt": 3, "report": 3, "training": 3,
     "bench_generate": 4, "neighbours": 4, "sft": 4, "trunks": 4,
     "bench_pretrain": 5, "classify": 5, "reward": 5, "vae": 5,
@@ -28,7 +29,9 @@ RANK = {
     "bench_ppo": 9, "comparisons": 9, "samplers": 9,
     "bench_objective": 10, "smc": 10, "supervise": 10,
     "posterior": 11,
-    "__main__": 12,
+    "answers": 12,
+    "repl": 13,
+    "__main__": 14,
 }  # fmt: skip
 MODULES = sorted((ROOT / "nanokl").glob("*.py"))
 SCRIPTS = [ROOT / "train_pretrain.py", ROOT / "train_rlhf.py"]

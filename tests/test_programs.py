@@ -56,6 +56,7 @@ SMALL = {
     "data/arithmetic/prepare.py": "--train 200 --held_out 20 --vocab_size 320",
     "data/chat/prepare.py": "{wheels}",
     "-m nanokl sample": "--n 2",
+    "-m nanokl chat": "",
     "-m nanokl interpolate": "--steps 3",
     "talk.py": "",
     "-m nanokl fill-mask": "",
@@ -586,7 +587,7 @@ def test_a_wrong_placement_says_so(python, demo, tmp_path):
     "data/minilm/prepare.py", "-m nanokl embed", "-m nanokl export", "data/chat/prepare.py",
     "data/arithmetic/prepare.py", "train_rlhf.py sft",
     "train_pretrain.py", "train_pretrain.py gpt", "train_pretrain.py bert", "train_pretrain.py vae",
-    "train_rlhf.py", "-m nanokl interpolate",
+    "train_rlhf.py", "-m nanokl interpolate", "-m nanokl chat",
     "train_rlhf.py reward", "train_rlhf.py ppo", "-m nanokl", "-m nanokl sample",
     "-m nanokl fill-mask", "-m nanokl score", "-m nanokl report",
     "-m nanokl posterior", "-m nanokl bench", "-m nanokl examples", "-m nanokl neighbours",
@@ -1027,6 +1028,9 @@ def test_bad_use_of_models(python, demo):
         python.fails(*sample, *flags, says=says)
     python.fails("-m", "nanokl", "sample", "runs/none", says=["does not exist", "config.json"])
     python.fails("-m", "nanokl", "sample", "runs/demo/bert", says=["BERT", "GPT"])
+    python.fails("-m", "nanokl", "chat", "runs/demo/bert", says=["BERT", "GPT"])
+    python.fails("-m", "nanokl", "chat", "runs/demo/gpt", "--line", 3, says="give --file")
+    python.fails("-m", "nanokl", "chat", "runs/demo/gpt", "--file", "x.jsonl", says="x.jsonl")
     python.fails("-m", "nanokl", "score", "runs/demo/gpt", "x", says=["GPT", "RewardModel"])
     python.fails("-m", "nanokl", "score", "runs/demo/reward", says="text")
     python.fails("-m", "nanokl", "score", "runs/demo/reward", "film " * 60, says="give texts of 1")
