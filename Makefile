@@ -47,7 +47,7 @@ PPO ?= $(PPO_$(BUDGET))
 go_on = $(if $(wildcard $(RUN)/$(1)/last/state.pt),--resume)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint check demo data pretrain bert vae examples reward minilm classes rlhf trainers overoptimisation report results bench parity clean
+.PHONY: help setup test lint check demo data pretrain bert vae examples reward minilm classes sums rlhf trainers overoptimisation report results bench parity clean
 
 help: ## 0    this list
 	@echo "Minutes on a 2-core x86-64 CPU with AMX, 2026-11, after setup; a stage with what it needs:"
@@ -137,6 +137,27 @@ trainers: $(foreach m,$(METHODS),$(foreach b,$(BETAS),$(RUN)/trainers/$(m)-$(b)/
 	$(PY) -m nanokl report $(RUN)
 $(RUN)/trainers/%/summary.json: | $(RUN)/reward/summary.json
 	$(call train_ppo,trainers/$*) --method $(firstword $(subst -, ,$*)) --beta $(lastword $(subst -, ,$*)) $(if $(filter main,$(BUDGET)),$(TRAINER) --steps $(STEPS_$(firstword $(subst -, ,$*))),$(PPO))
+
+# sums in two languages: fine-tuning, then three methods that are told right or wrong, PPO that pays
+# nothing for KL, and PPO in dialogues of two replies
+SUMS := data/arithmetic
+SUMS_SFT := $(if $(filter tiny,$(BUDGET)),--steps 6 --n_layer 1 --eval_every 3,--steps 1300 --block_size 72)
+SUMS_PPO := --max_prompt 18 --max_new_tokens 12 $(if $(filter tiny,$(BUDGET)),$(PPO_tiny),--batch 1024 --minibatch 512 --steps 250 --warmup 15 --lr 3e-4 --muon_lr 0 --momentum 0.9) --no-shaping
+SUMS_rloo := --beta 0.02 --method rloo
+SUMS_grpo := --beta 0.02 --method grpo
+SUMS_free := --beta 0
+train_sums = $(PY) train_rlhf.py ppo --data $(SUMS) --policy $(RUN)/sums/sft --reward nanokl/dialogue.py:right --out $(RUN)/sums/$(1) $(SUMS_PPO) $(call go_on,sums/$(1))
+sums: $(RUN)/sums/ppo/summary.json $(foreach m,rloo grpo free,$(RUN)/sums/ppo-$(m)/summary.json) ## 45   a checkable reward: sums, by PPO, RLOO, GRPO, and PPO without a price of KL
+	$(PY) -m nanokl report $(RUN)/sums
+$(SUMS)/conversations.jsonl: data/arithmetic/prepare.py | $(VENV)
+	$(PY) data/arithmetic/prepare.py
+	touch $@
+$(RUN)/sums/sft/summary.json: | $(SUMS)/conversations.jsonl
+	$(PY) train_rlhf.py sft --data $(SUMS) --out $(RUN)/sums/sft $(SUMS_SFT) $(call go_on,sums/sft)
+$(RUN)/sums/ppo/summary.json: | $(RUN)/sums/sft/summary.json
+	$(call train_sums,ppo) --beta 0.02
+$(RUN)/sums/ppo-%/summary.json: | $(RUN)/sums/sft/summary.json
+	$(call train_sums,ppo-$*) $(SUMS_$*)
 
 # Gao et al. 2022 at small scale: trained on one half of each text's ratings, watched by the other
 HALF := $(if $(filter tiny,$(BUDGET)),$(REWARD_tiny),$(REWARD_demo))

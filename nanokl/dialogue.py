@@ -89,7 +89,7 @@ class Arithmetic:
 
     split: str = "train"
     languages: tuple[str, ...] = ("en", "zh")
-    highest: int = 99  # of both numbers; the lowest is 0
+    highest: int = 299  # of both numbers; the lowest is 0
     turns: int = 1
     messages: list[Message] = field(default_factory=list, repr=False)
     wanted: int | None = field(default=None, repr=False)  # None: no dialogue has begun, or goes on

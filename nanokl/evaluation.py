@@ -33,8 +33,11 @@ def dialogues(flags: ppo.PPOConfig, split: str, tokenizer: Tokenizer,
     try:
         env = load_function(flags.env)(split=split, turns=flags.turns, data=flags.data, score=score)
         return WholePrompts(agent.openings(env, tokenizer, OPENINGS))
-    except (TypeError, AttributeError, ValueError) as e:
-        raise UserError(f"{flags.env} makes no environment ({e}): give FILE.py:FUNCTION as "
+    except UserError:
+        raise
+    except Exception as e:  # whatever the user's own code raises
+        reason = " ".join(f"{type(e).__name__}: {e}".split())
+        raise UserError(f"{flags.env} makes no environment ({reason}): give FILE.py:FUNCTION as "
                         "nanokl/dialogue.py has them") from e
 
 

@@ -25,9 +25,9 @@ class Flags:
     """Make the dialogues up and tokenise them."""
 
     out: Path = HERE  # folder to write to
-    highest: int = 99  # of both numbers
-    train: int = 8000  # dialogues to learn from
-    held_out: int = 500  # dialogues in val and in test, each
+    highest: int = Arithmetic.highest  # of both numbers
+    train: int = 64_000  # dialogues to learn from
+    held_out: int = 1000  # dialogues in val and in test, each
     vocab_size: int = 512  # tokens, specials counted
     force: bool = False  # prepare again what is prepared
 
