@@ -115,6 +115,7 @@ class PPOFlags(Flags, trainers.TrainerConfig):
     gold: str | None = None  # another one that only watches: what the first was to stand for
     steps: int = 40  # batches of rollouts
     warmup: int = 2  # batches of linear warm-up
+    decay: float = 0.5  # last part of the run in which the rate falls linearly to 0
     batch: int = 256  # episodes a batch, over all processes
     lr: float = 4e-4
     muon_lr: float = 4e-4
@@ -249,7 +250,7 @@ def train_ppo(flags: PPOFlags) -> None:
         stage.worth = stage.token_worth(docs) if flags.uses_worth(flags.beta) else None
         for step in range(start + 1, flags.steps + 1):
             optim.set_lr(optimizers, optim.lr_scale(step - 1, flags.steps, warmup=flags.warmup,
-                                                    decay=0.5))
+                                                    decay=flags.decay))
             row = ppo_batch(stage, model, policy, optimizers, docs, step, controller.beta)
             ratio = row.pop("first_ratio_max_deviation")
             if step == 1:

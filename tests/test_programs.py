@@ -989,6 +989,7 @@ BAD_FLAGS = {
         ("--method", "trpo", ["trpo", "rloo", "sft"]), ("--group", 0, ["group is 0"]),
         ("--group", 3, ["minibatch is 8", "multiple of group, 3"]),
         ("--turns", 2, ["turns is 2 and env None", "nobody answers"]),
+        ("--decay", 2, ["decay 2", "0 to 1"]), ("--warmup", -1, ["warmup is -1"]),
         ("--env", "nanokl/dialogue.py:right", ["makes no environment"]),
         ("--env", "no.py:f", ["no file 'no.py'"]),
         ("--env", "nanokl/dialogue.py:arithmetic", ["no <|assistant|>"]),
