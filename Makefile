@@ -142,7 +142,7 @@ $(RUN)/trainers/%/summary.json: | $(RUN)/reward/summary.json
 # nothing for KL, and PPO in dialogues of two replies
 SUMS := data/arithmetic
 SUMS_SFT := $(if $(filter tiny,$(BUDGET)),--steps 6 --n_layer 1 --eval_every 3,--steps 1300 --block_size 72)
-SUMS_PPO := --max_prompt 18 --max_new_tokens 12 $(if $(filter tiny,$(BUDGET)),$(PPO_tiny),--batch 1024 --minibatch 512 --steps 300 --warmup 10 --decay 1 --lr 3e-4 --muon_lr 0 --momentum 0.9) --no-shaping
+SUMS_PPO := --max_prompt 18 --max_new_tokens 12 $(if $(filter tiny,$(BUDGET)),$(PPO_tiny),--batch 1024 --minibatch 512 --steps 400 --warmup 10 --decay 1 --lr 3e-4 --muon_lr 0 --momentum 0.9) --no-shaping
 SUMS_rloo := --beta 0.02 --method rloo
 SUMS_grpo := --beta 0.02 --method grpo
 SUMS_free := --beta 0
