@@ -47,7 +47,7 @@ PPO ?= $(PPO_$(BUDGET))
 go_on = $(if $(wildcard $(RUN)/$(1)/last/state.pt),--resume)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint check demo data pretrain bert vae examples reward minilm classes sums rlhf trainers overoptimisation report results bench parity clean
+.PHONY: help setup test lint check demo data pretrain bert vae examples reward minilm classes sums chat rlhf trainers overoptimisation report results bench parity clean
 
 help: ## 0    this list
 	@echo "Minutes on a 2-core x86-64 CPU with AMX, 2026-11, after setup; a stage with what it needs:"
@@ -158,6 +158,29 @@ $(RUN)/sums/ppo/summary.json: | $(RUN)/sums/sft/summary.json
 	$(call train_sums,ppo) --beta 0.02
 $(RUN)/sums/ppo-%/summary.json: | $(RUN)/sums/sft/summary.json
 	$(call train_sums,ppo-$*) $(SUMS_$*)
+
+# open chat: what people said to each other, what they thought of it, and a policy paid by that
+CHAT := data/chat
+CHAT_GPT := $(if $(filter tiny,$(BUDGET)),$(GPT_tiny),--steps 800 --batch_size 32 --eval_every 200)
+CHAT_BERT := $(if $(filter tiny,$(BUDGET)),$(BERT_tiny),--steps 800 --batch_size 32 --eval_every 400)
+CHAT_SFT := $(if $(filter tiny,$(BUDGET)),--steps 6 --eval_every 3,--steps 400 --lr 5e-4 --muon_lr 5e-4)
+CHAT_REWARD := $(if $(filter tiny,$(BUDGET)),$(REWARD_tiny),--steps 300)
+CHAT_PPO := $(if $(filter tiny,$(BUDGET)),$(PPO_tiny),--steps 60 --posterior_prompts 8)
+chat: $(RUN)/chat/ppo/summary.json ## 25   open chat: GPT, encoder, fine-tuning, reward model of ratings, PPO in dialogues
+	$(PY) -m nanokl report $(RUN)/chat
+$(CHAT)/meta.json: data/chat/prepare.py | $(VENV)
+	$(PY) data/chat/prepare.py
+	touch $@
+$(RUN)/chat/gpt/summary.json: | $(CHAT)/meta.json
+	$(PY) train_pretrain.py gpt --data $(CHAT) --block_size 128 --out $(RUN)/chat/gpt $(CHAT_GPT) $(call go_on,chat/gpt)
+$(RUN)/chat/bert/summary.json: | $(CHAT)/meta.json
+	$(PY) train_pretrain.py bert --data $(CHAT) --block_size 128 --out $(RUN)/chat/bert $(CHAT_BERT) $(call go_on,chat/bert)
+$(RUN)/chat/sft/summary.json: | $(RUN)/chat/gpt/summary.json
+	$(PY) train_rlhf.py sft --data $(CHAT) --init $(RUN)/chat/gpt --out $(RUN)/chat/sft $(CHAT_SFT) $(call go_on,chat/sft)
+$(RUN)/chat/reward/summary.json: | $(RUN)/chat/sft/summary.json $(RUN)/chat/bert/summary.json
+	$(PY) train_rlhf.py reward --data $(CHAT) --init $(RUN)/chat/bert --policy $(RUN)/chat/sft --max_prompt 24 --out $(RUN)/chat/reward $(CHAT_REWARD) $(call go_on,chat/reward)
+$(RUN)/chat/ppo/summary.json: | $(RUN)/chat/reward/summary.json
+	$(PY) train_rlhf.py ppo --data $(CHAT) --policy $(RUN)/chat/sft --reward $(RUN)/chat/reward --env nanokl/dialogue.py:open_chat --turns 2 --max_prompt 24 --out $(RUN)/chat/ppo $(CHAT_PPO) $(call go_on,chat/ppo)
 
 # Gao et al. 2022 at small scale: trained on one half of each text's ratings, watched by the other
 HALF := $(if $(filter tiny,$(BUDGET)),$(REWARD_tiny),$(REWARD_demo))

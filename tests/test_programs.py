@@ -50,6 +50,8 @@ SMALL = {
     "train_pretrain.py gpt": PRETRAIN,
     "train_pretrain.py bert": PRETRAIN,
     "train_pretrain.py vae": f"{PRETRAIN} --encoder_layers 1 --iwae_samples 2",
+    "train_rlhf.py reward --data data/chat": f"{REWARD} --max_prompt 10 --max_new_tokens 8",
+    "train_rlhf.py ppo --data data/chat": f"{PPO} --max_prompt 10 --max_new_tokens 8",
     "train_rlhf.py reward": REWARD,
     "train_rlhf.py ppo": PPO,
     "train_rlhf.py sft": f"{WIDTH} --steps 6 --batch_size 8 --eval_every 3",
