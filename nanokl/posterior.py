@@ -164,7 +164,8 @@ def tell(run: Path, *, prompts: int, samples: int, particles: int, device: str =
     ruler = Ruler(stage, docs, prompts=prompts, samples=samples)
     account, numbers = whole_account(ruler, policy, beta)
     write_json(path, numbers)
-    if beta and particles and stage.config.method == "ppo" and not stage.config.env:  # a critic
+    # The other methods have no critic, and smc steers texts, not dialogues.
+    if beta and particles and stage.config.method == "ppo" and not stage.config.env:
         say(f"{path} is written; drawing a text for each prompt by SMC of {particles} particles")
         numbers["untrained"].append(by_critic(ruler, policy, beta, particles))
         write_json(path, numbers)
