@@ -211,9 +211,7 @@ class VAETask:
         self.train, self.val, self.test = (
             data.Shard.open(flags.data / f"{split}.bin", tokenizer)
             for split in ("train", "val", "test" if (flags.data / "test.bin").exists() else "val"))
-        self.lm = flags.lm and vae.VAE.from_pretrained(checkpoint.resolve(flags.lm)).eval()
-        if self.lm and self.lm.config.n_latent:
-            raise UserError(f"--lm {flags.lm} is a VAE: give a run with --n_latent 0")
+        self.lm = flags.lm and latent.load_plain(flags.lm, tokenizer, flags)
 
     def batch(self, step: int) -> tuple[tuple, torch.Tensor, int]:
         """idx, mask, what the decoder sees, all (B, T), noise (B, Z) and the KL's weight."""

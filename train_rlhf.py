@@ -19,7 +19,7 @@ from nanokl import UserError, metrics, optim, ppo, require_positive, trainers, t
 from nanokl import runtime as rt
 from nanokl.classify import ClassTask
 from nanokl.comparisons import RewardTask
-from nanokl.evaluation import Stage, batch_metrics, compare, open_stage
+from nanokl.evaluation import Stage, WholePrompts, batch_metrics, compare, open_stage
 from nanokl.gpt import GPT
 from nanokl.kl import BetaController
 from nanokl.posterior import Ruler, brief, check_samples, whole_account
@@ -242,6 +242,9 @@ def train_ppo(flags: PPOFlags) -> None:
     model = runtime.wrap(policy)
     log = metrics.Log(flags.out, total=flags.steps, unit="batch", is_main=runtime.is_main,
                       resume_step=start, warning=flags.kl_warning)
+    if isinstance(docs, WholePrompts) and len(fit := docs.that_fit(flags.max_prompt)) < len(docs):
+        log.line(f"{len(fit):,} of {len(docs):,} training openings have at most --max_prompt "
+                 f"{flags.max_prompt} tokens; the others are left out")
     if flags.beta == 0:
         log.line("beta is 0: KL costs nothing, and the best policy is any law on the texts of the "
                  "highest reward: expect a collapse")

@@ -7,6 +7,7 @@ train_rlhf.py ppo --env. Left out: tools, several agents.
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,8 +75,11 @@ class Talk:
 
     def __init__(self, opening: Opening, config: PPOConfig, tokenizer: Tokenizer):
         self.config, self.tokenizer = config, tokenizer
-        self.env = copy.copy(opening.env)  # shares what is large; reset begins anew
-        self.env.reset(seed=opening.seed)
+        self.env = copy.deepcopy(opening.env)
+        obs, _ = self.env.reset(seed=opening.seed)
+        if prompt(tokenizer, obs, 1 << 20)[0] != list(opening):
+            raise UserError(f"{_name(self.env)} says something else at each reset(seed="
+                            f"{opening.seed}): draw all chance from the seed")
         self.ids, self.n_prompt, self.stopped = list(opening), len(opening), False
         self.steps = [(False, 0.0, 0.0)] * (len(opening) - 1)  # mask, logp, paid
 
@@ -85,21 +89,40 @@ class Talk:
         A user's line of more than max_prompt tokens ends the dialogue, for which there is no room.
         """
         stop = self.tokenizer.special("<|endoftext|>")
-        obs, reward, terminated, truncated, _ = self.env.step(
-            self.tokenizer.decode([i for i in ids if i != stop]).strip())
+        reward, line = self._step(self.tokenizer.decode([i for i in ids if i != stop]).strip())
         self.ids, self.stopped = self.ids + ids, stopped
         self.steps += [(True, x, 0.0) for x in logp]
-        self.steps[-1] = (True, logp[-1], float(reward))
-        if terminated or truncated:
+        self.steps[-1] = (True, logp[-1], reward)
+        if line is None:
             return False
-        answer = [*([] if stopped else [stop]),
-                  *encode_turn(self.tokenizer, "user", obs[-1]["content"]),
+        answer = [*([] if stopped else [stop]), *encode_turn(self.tokenizer, "user", line),
                   self.tokenizer.special(TURNS["assistant"])]
         if len(answer) > self.config.max_prompt:
             return False
         self.ids = self.ids + answer
         self.steps += [(False, 0.0, 0.0)] * len(answer)
         return True
+
+
+    def _step(self, reply: str) -> tuple[float, str | None]:
+        """The reward, and what the user says next; UserError for a step that breaks its word."""
+        try:
+            obs, reward, terminated, truncated, _ = self.env.step(reply)
+            reward, last = float(reward), None if terminated or truncated else obs[-1]
+            said = last and (last["role"], str(last["content"]))
+        except UserError:
+            raise
+        except Exception as e:  # whatever the user's own code raises
+            reason = " ".join(f"{type(e).__name__}: {e}".split())
+            raise UserError(f"{_name(self.env)}.step fails ({reason}): mend it") from e
+        if not math.isfinite(reward) or (said and said[0] != "user"):
+            raise UserError(f"{_name(self.env)}.step gives the reward {reward} and last message "
+                            f"{last}: give a finite number, and end on what the user says")
+        return reward, said and said[1]
+
+
+def _name(env) -> str:
+    return type(env).__name__
 
 
 @torch.no_grad()

@@ -38,6 +38,7 @@ STREAMED = ("policy", "ref")
 TILTED = ("sir", "mh", "smc")  # they heed beta
 LEAST = 4  # tokens that there must be room for before an answer
 NEW_TOKENS = 40  # of an answer, where no run says how many
+COLDEST = 1e-3  # temperature: colder, and logits over it have no float32
 
 
 @dataclass
@@ -61,7 +62,11 @@ class Answers:
         if self.sampler == "policy" and self.policy is None:
             raise UserError("with --reward this run is the reference, and there is no policy: give "
                             f"--sampler {', '.join(SAMPLERS[1:])}, or leave out --reward")
-        if self.sampler != "policy" and self.stage.reward is None:
+        if self.sampler not in STREAMED and self.policy and self.stage.ref and (
+                self.stage.reward is None):
+            raise UserError(f"--sampler {self.sampler} needs a reward, and this run was paid by an "
+                            "environment: give --reward (a reward run or FILE.py:FUNCTION)")
+        if self.sampler != "policy" and self.stage.ref is None:
             raise UserError(f"--sampler {self.sampler} needs a reference and a reward: give a run "
                             "of train_rlhf.py ppo, or --reward (a reward run or FILE.py:FUNCTION) "
                             "and --beta, and this run is the reference")
@@ -88,7 +93,7 @@ class Answers:
     def at(self, *, beta: float | None = None, temperature: float | None = None) -> "Answers":
         """The same at another price or temperature, of sampling and of every log-prob."""
         positive("beta", beta)
-        positive("temperature", temperature)
+        positive("temperature", temperature, COLDEST)
         if beta is not None:
             return replace(self, beta=beta)
         config = replace(self.stage.config, temperature=temperature)
@@ -173,10 +178,11 @@ def guarded(reward: RewardFunction) -> RewardFunction:
     return guard
 
 
-def positive(name: str, x: float | None) -> None:
-    """UserError for a number that is given and not above 0, or has no end."""
-    if x is not None and not 0 < x < math.inf:
-        raise UserError(f"{name} is {x}: give a number above 0")
+def positive(name: str, x: float | None, least: float = 0.0) -> None:
+    """UserError for a number that is given and not above 0, below `least`, or has no end."""
+    if x is not None and not (0 < x < math.inf and x >= least):
+        raise UserError(f"{name} is {x}: give " + (f"{least:g} or more" if least else
+                                                   "a number above 0"))
 
 
 def _of_ppo(run: Path) -> bool:
@@ -216,7 +222,7 @@ def open_answers(run: Path, *, sampler: str = "policy", reward: str | None = Non
     """
     sampling = {"temperature": temperature, "max_new_tokens": max_new_tokens}
     for name, x in {"beta": beta, **sampling}.items():
-        positive(name, x)
+        positive(name, x, COLDEST * (name == "temperature"))
     stage, policy, its_beta, critic = (_trained(run, device) if _of_ppo(run) else
                                        _untrained(run, device, alone=reward is None))
     if reward is not None:

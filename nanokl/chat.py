@@ -35,7 +35,8 @@ def encode_turn(tokenizer: Tokenizer, role: str, content: str) -> list[int]:
     if role not in ROLES:
         raise UserError(f"a role is {role!r}: give one of {', '.join(ROLES)}")
     end = [tokenizer.special("<|endoftext|>")] if role == "assistant" else []
-    return [tokenizer.special(TURNS[role]), *tokenizer.encode(" " + content.strip()), *end]
+    words = tokenizer.encode(" " + said) if (said := content.strip()) else []
+    return [tokenizer.special(TURNS[role]), *words, *end]
 
 
 def spell(messages: Sequence[dict]) -> str:
@@ -98,11 +99,11 @@ def load_conversations(folder: Path, split: str | None) -> list[Conversation]:
             continue
         try:
             row = json.loads(line)
-            messages = [{"role": str(m["role"]), "content": str(m["content"])}
-                        for m in row["messages"]]
+            messages = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
             if not messages or any(m["role"] not in ROLES or not m["content"].strip()
                                    for m in messages):
                 raise ValueError(messages)
+            "".join(m["content"] for m in messages).encode()  # half characters are not text
             its_split = str(row.get("split", "train"))
             ratings = {str(k): [float(x) for x in v] for k, v in row.get("ratings", {}).items()}
             if not all(math.isfinite(x) for v in ratings.values() for x in v):

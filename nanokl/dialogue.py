@@ -9,6 +9,8 @@ the posterior of RLHF is defined for it (with chance in between, its formula wou
 and `open_chat` here makes it. Left out: rendering, vector environments, spaces.
 """
 
+import copy
+import json
 import re
 import unicodedata
 from collections.abc import Callable
@@ -60,22 +62,30 @@ def split_of(a: int, b: int) -> str:
     return next(name for name, (low, high) in SPLITS.items() if low <= share < high)
 
 
+def numbers(text: str) -> list[int | None]:
+    """The numbers in a text, None for one that is no whole number of at most 19 digits."""
+    found = re.findall(r"(?<!\d)-?\d+(?:\.\d+)?", unicodedata.normalize("NFKC", text))
+    return [int(x) if "." not in x and len(x) < 20 else None for x in found]
+
+
 def last_number(text: str) -> int | None:
     """The number that a text ends on, which is its answer; None where there is none."""
-    digits = re.findall(r"\d+", unicodedata.normalize("NFKC", text))
-    return int(digits[-1]) if digits and len(digits[-1]) < 20 else None
+    return (numbers(text) or [None])[-1]
 
 
 def right(ids: list[list[int]], texts: list[str]) -> list[float]:
     """A reward function: 1 where a reply ends on the sum of the two numbers in the question.
 
-    What follows the last <|assistant|> is the reply, the two numbers before it the question's.
+    What follows the last <|assistant|> is the reply, the two numbers before it the question's; a
+    reply that brings an <|assistant|> of its own, to ask itself something easier, gets 0. Each
+    reply before the last has its end in the ids, and the text its start.
     """
     scores = []
-    for text in texts:
+    for row, text in zip(ids, texts, strict=True):
         question, _, reply = text.rpartition("<|assistant|>")
-        asked = [int(x) for x in re.findall(r"\d+", question)[-2:]]
-        scores.append(float(last_number(reply) == sum(asked) and len(asked) == 2))
+        asked, turns = numbers(question)[-2:], row[:-1].count(row[0]) if row else 0
+        fair = text.count("<|assistant|>") <= turns and len(asked) == 2 and None not in asked
+        scores.append(float(fair and last_number(reply) == sum(asked)))
     return scores
 
 
@@ -110,11 +120,15 @@ class Arithmetic:
         while split_of(a, b) != self.split:
             a, b = (int(x) for x in rng.integers(self.highest + 1, size=2))
         a, b = given.get("a", a), given.get("b", b)
+        if not all(isinstance(x, int) and x >= 0 for x in (a, b)):
+            raise UserError(f"a is {a!r} and b {b!r}: give whole numbers from 0 on")
         language = given.get("language", self.languages[int(rng.integers(len(self.languages)))])
         if language not in WORDS:
             raise UserError(f"language is {language!r}: give one of {', '.join(WORDS)}")
         self.words = WORDS[language]
         question = given.get("question", int(rng.integers(len(self.words.questions))))
+        if question not in range(len(self.words.questions)):
+            raise UserError(f"question is {question!r}: give 0 to {len(self.words.questions) - 1}")
         self.messages = [_say("user", self.words.questions[question].format(a=a, b=b))]
         self.wanted = a + b
         info = {"a": a, "b": b, "language": language, "model_reply": f"{a} + {b} = {a + b}"}
@@ -157,11 +171,17 @@ class OpenChat:
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         """The first line of this seed's conversation, or of that of the number options["talk"]."""
         drawn = int(np.random.default_rng(seed).integers(len(self.talks)))
-        talk = self.talks[(options or {}).get("talk", drawn)]
+        number = (options or {}).get("talk", drawn)
+        if number not in range(len(self.talks)):
+            raise UserError(f"talk is {number!r}: give 0 to {len(self.talks) - 1}")
+        talk = self.talks[number]
         self.lines = [m["content"] for m in talk.messages if m["role"] == "user"]
         self.messages = [_say("user", self.lines[0])]
         self.lines, self.replies = self.lines[1:], 0
         return tuple(self.messages), {"id": talk.id}
+
+    def __deepcopy__(self, memo) -> "OpenChat":
+        return copy.copy(self)  # the talks are large, and nothing changes them
 
     def _score(self) -> float:
         return float(self.score([spell(self.messages)])[0])
@@ -186,8 +206,10 @@ def _say(role: str, content: str) -> Message:
 
 
 def arithmetic(*, split: str, turns: int, data: Path, score: Score | None) -> Arithmetic:
-    """For --env: sums, whose reward is the environment's own."""
-    return Arithmetic(split, turns=turns)
+    """For --env: sums as large as in the data folder, whose reward is the environment's own."""
+    meta = data / "meta.json"
+    settings = json.loads(meta.read_bytes())["settings"] if meta.is_file() else {}
+    return Arithmetic(split, turns=turns, highest=settings.get("highest", Arithmetic.highest))
 
 
 def open_chat(*, split: str, turns: int, data: Path, score: Score | None) -> OpenChat:

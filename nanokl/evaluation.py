@@ -25,6 +25,10 @@ OPENINGS = 4096  # seeds of an environment that training, or what is held out, d
 class WholePrompts(list):
     """Token lists that are prompts as they are; of other texts the first few tokens are."""
 
+    def that_fit(self, max_prompt: int) -> list[list[int]]:
+        """Those of at most max_prompt tokens behind the one that starts each."""
+        return [doc for doc in self if len(doc) <= 1 + max_prompt]
+
 
 def dialogues(flags: ppo.PPOConfig, split: str, tokenizer: Tokenizer,
               reward: RewardFunction | None) -> WholePrompts:
@@ -88,13 +92,17 @@ def draw_prompts(docs: list[list[int]], n: int, config: SamplingConfig, *, start
     Of `WholePrompts` those that are not longer than max_prompt, as they are.
     """
     if whole := isinstance(docs, WholePrompts):
-        docs = [doc for doc in docs if len(doc) <= 1 + config.max_prompt]
+        shortest = min(map(len, docs), default=1) - 1
+        docs = docs.that_fit(config.max_prompt)
+        if not docs:
+            raise UserError(f"max_prompt is {config.max_prompt}, and what users say first has at "
+                            f"least {shortest} tokens: raise --max_prompt")
     else:
         docs = [doc for doc in docs if len(doc) > config.max_prompt]
     if not docs or not 0 < config.min_prompt <= config.max_prompt:
         raise UserError(f"no prompts of {config.min_prompt} to {config.max_prompt} tokens can be "
                         f"cut from the {len(docs)} texts of one split that are longer: lower "
-                        "--max_prompt or widen --domains; what users say has to fit: raise it")
+                        "--max_prompt or widen --domains")
     which = torch.randint(len(docs), (n,), generator=rng).tolist()
     if whole:
         return [docs[i] for i in which]
@@ -187,7 +195,11 @@ class Stage:
 def batch_metrics(x: ppo.Experience, beta: float) -> dict:
     """What a batch says about the policy that sampled it."""
     kl, mask = x.kl.sum(1).mean().item(), x.rollout.mask
-    return {
+    replies = {}
+    if x.rollout.paid is not None:
+        begun = mask & ~torch.nn.functional.pad(mask[:, :-1], (1, 0))
+        replies = {"replies_mean": begun.sum(1).float().mean().item()}
+    return replies | {
         "reward_mean": x.score.mean().item(), "kl_nats_per_sequence": kl,
         "kl_k1_nats_per_sequence": (x.logp - x.logp_ref).sum(1).mean().item(),
         "objective": x.score.mean().item() - beta * kl, "beta": beta,

@@ -14,14 +14,16 @@ would ask for a z of the posterior p(z | x).
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from nanokl import UserError
+from nanokl import UserError, checkpoint
 from nanokl.bayes import effective_sample_size, log_mean_exp, log_weights
 from nanokl.data import Shard, document_eval_batches, text_batch
 from nanokl.generate import generate
+from nanokl.hf_tokenizer import load_tokenizer
 from nanokl.logprob import linear_logprob
 from nanokl.metrics import mean_se
 from nanokl.runtime import generator
@@ -116,6 +118,25 @@ def account(vae: VAE, shard: Shard, *, samples: int, whole: bool = True) -> tupl
         key = f"{name}_nats_per_sequence"
         numbers[key], numbers[f"{key}_se"] = mean_se(x)
     return numbers, bound
+
+
+def load_plain(run: Path, tokenizer: Tokenizer, flags) -> VAE:
+    """The plain language model that a VAE of these flags is held against.
+
+    UserError for a VAE, for other tokens, and where sizes differ.
+    """
+    folder = checkpoint.resolve(run)
+    lm, sizes = VAE.from_pretrained(folder).eval(), ("arch", "block_size", "n_layer", "n_embd")
+    if lm.config.n_latent:
+        raise UserError(f"--lm {run} is a VAE: give a run with --n_latent 0")
+    differ = [f"{name} {getattr(lm.config, name)} and not {getattr(flags, name)}" for name in sizes
+              if getattr(lm.config, name) != getattr(flags, name)]
+    if load_tokenizer(folder).hash != tokenizer.hash:
+        differ.append("another tokenizer")
+    if differ:
+        raise UserError(f"--lm {run} has {', '.join(differ)}: give one of the same size, on the "
+                        "same text")
+    return lm
 
 
 def beside(bound: Tensor, lm_bound: Tensor) -> dict:

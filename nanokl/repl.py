@@ -47,6 +47,7 @@ class Terminal:
         self.source, self.sink = source, sink
         self.asks = source.isatty() and sink.isatty()  # a pipe wants no prompt in its text
         self._rest = False  # of a line that was cut is still to come
+        self.within = False  # a line of text has begun and not ended
 
     @classmethod
     def standard(cls) -> "Terminal":
@@ -57,6 +58,7 @@ class Terminal:
         return cls(sys.stdin.buffer, sys.stdout)
 
     def say(self, text: str) -> None:
+        self.within = not text.endswith("\n") if text else self.within
         try:
             self.sink.write(text)
             self.sink.flush()
@@ -95,7 +97,8 @@ class Repl:
     """A conversation as it goes on: what was said, and the commands."""
 
     def __init__(self, answers: Answers, terminal: Terminal, messages: Sequence[dict] = ()):
-        self.answers, self.say, self.read = answers, terminal.say, terminal.read
+        self.terminal, self.say, self.read = terminal, terminal.say, terminal.read
+        self.answers = answers
         self.asks, self.tokenizer = terminal.asks, answers.stage.tokenizer
         self.talks = set(chat.TURNS.values()) <= set(self.tokenizer.specials)
         if messages and not self.talks:
@@ -125,7 +128,8 @@ class Repl:
         try:
             return do(*args)
         except UserError as error:
-            self.say(f"error: {' '.join(str(error).split())}\n")
+            begun = "\n" * self.terminal.within
+            self.say(f"{begun}error: {' '.join(str(error).split())}\n")
         except KeyboardInterrupt:
             self.say("\n(stopped, and forgotten)\n")
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from nanokl import UserError, checkpoint, require_positive, training
 from nanokl.chat import TURNS, Conversation, encode_turn, load_conversations
 from nanokl.data import BUCKET, shuffled
-from nanokl.generate import generate
 from nanokl.gpt import GPT, GPTConfig
 from nanokl.hf_tokenizer import load_tokenizer
 from nanokl.logprob import linear_logprob
@@ -50,16 +50,22 @@ class SFTConfig:
 def rows_of(tokenizer, talks: Sequence[Conversation], block_size: int) -> list[Row]:
     """Conversations as rows of at most block_size tokens, cut between turns; long turns are cut.
 
-    Rows in which the assistant says nothing are left out.
+    A row that would begin with a reply begins with what it replies to, which is read again: the end
+    of it, as in `chat.prompt`. Rows in which the assistant says nothing are left out.
     """
     start, rows = tokenizer.special("<|endoftext|>"), []
     for talk in talks:
-        ids, mine = [start], [False]
+        ids, mine, asked = [start], [False], []
         for message in talk.messages:
             turn = encode_turn(tokenizer, message["role"], message["content"])
             if len(ids) > 1 and len(ids) + len(turn) > block_size:
                 rows.append((ids, mine))
-                ids, mine = [start], [False]
+                room = max(block_size - 1 - len(turn), block_size // 2 - 1)
+                again = asked if message["role"] == "assistant" else []
+                ids = [start, *again[:1], *again[1:][max(0, len(again) - room) :]]
+                mine = [False] * len(ids)
+            if message["role"] == "user":
+                asked = turn
             turn = turn[: block_size - len(ids)]
             ids = ids + turn
             mine = mine + [False] + [message["role"] == "assistant"] * (len(turn) - 1)
@@ -83,25 +89,21 @@ def pack(rows: Sequence[Row], fill: int) -> tuple[Tensor, Tensor]:
     return idx, mine[:, 1:]
 
 
+# Greedy decoding says y exactly if at each of y's tokens, after those before it, y_t is likeliest.
 @torch.no_grad()
-def word_for_word(model: GPT, tokenizer, rows: Sequence[Row], most: int = 512) -> dict:
-    """Of the first replies in (at most `most`) rows, how many the model's likeliest words are.
-
-    Greedy, one token after the other; a reply ends where it says so.
-    """
-    stop, prompts, wanted = tokenizer.special("<|endoftext|>"), [], []
-    for ids, mine in rows[:most]:
-        first = mine.index(True)
-        last = next((i for i in range(first, len(ids)) if not mine[i]), len(ids))
-        prompts.append(ids[:first])
-        wanted.append(ids[first:last])
-    room = model.config.block_size - max(map(len, prompts))
-    rollout = generate(model, prompts, max(1, min(room, max(map(len, wanted)))), temperature=0.0,
-                       stop=stop)
-    right = torch.tensor([said == reply for said, reply in
-                          zip(rollout.responses(), wanted, strict=True)]).float()
-    share, se = mean_se(right)
-    return {"replies": len(wanted), "replies_word_for_word": share, "replies_word_for_word_se": se}
+def word_for_word(model: GPT, rows: Sequence[Row], fill: int, most: int = 512) -> dict:
+    """Of the first replies in (at most `most`) rows, how many the model's likeliest words are."""
+    right = []
+    for i in range(0, min(len(rows), most), 128):
+        some = pack(rows[i : min(i + 128, most)], fill)
+        idx, mask = (x.to(model.head.weight.device) for x in some)
+        ended = pad(mask[:, 1:] < mask[:, :-1], (1, 0)).cumsum(1) > 0  # after a reply's end
+        first = mask & ~ended
+        likeliest = model.logits(model(idx[:, :-1])).argmax(-1)
+        right.append(((likeliest == idx[:, 1:]) | ~first).all(1).float())
+    share, se = mean_se(torch.cat(right))
+    return {"replies": len(torch.cat(right)), "replies_word_for_word": share,
+            "replies_word_for_word_se": se}
 
 
 class SFTTask:
@@ -181,4 +183,5 @@ class SFTTask:
         """The best model on the test conversations."""
         model = GPT.from_pretrained(self.flags.out / "best").to(self.runtime.device).eval()
         return {"rows": len(self.rows["train"]), **self._report(model, "test"),
-                **word_for_word(model, self.tokenizer, self.rows["test"])}
+                **word_for_word(model, self.rows["test"],
+                                self.tokenizer.special("<|endoftext|>"))}

@@ -192,7 +192,7 @@ def minibatch_loss(model, policy: GPT, x: ppo.Experience, rows: Tensor, config: 
     if config.method == "ppo":
         return ppo.minibatch_loss(model, policy, x, rows, config, runtime)
     # Not divided by the tokens, whose number depends on what was sampled: gradients stay unbiased.
-    most = len(rows) * config.max_new_tokens / runtime.world
+    most = len(rows) * config.turns * config.max_new_tokens / runtime.world
     rows = runtime.shard(rows)
     idx, mask, old, adv = (y[rows] for y in (x.rollout.idx, x.rollout.mask, x.logp, x.adv))
     with runtime.autocast():

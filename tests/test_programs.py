@@ -430,7 +430,7 @@ def test_fine_tuning_on_conversations(python, demo, made_up, tmp_path):
     python.ok(*tuned)
     s = read(tmp_path / "sft" / "summary.json")
     assert s["nats_per_reply_token"] > 0 and 0 <= s["reply_token_accuracy"] <= 1
-    assert s["kl_nats_per_reply_token"] >= 0 and s["rows"] == 200
+    assert s["kl_nats_per_reply_token"] > -1e-6 and s["rows"] == 200  # near 0, rounded
     assert 0 <= s["replies_word_for_word"] <= 1 and s["replies"] == 20
     assert s["steps"] == 6 and s["best_step"] in (3, 6)
     before, after = (weights(tmp_path / x / "best") for x in ("gpt", "sft"))
@@ -447,23 +447,9 @@ def test_fine_tuning_on_conversations(python, demo, made_up, tmp_path):
     assert 0 <= s["pair_accuracy"] <= 1
     rated = stage("reward", tmp_path / "none")
     python.fails(*rated, "--data", "data/arithmetic", says="has ratings")
-    # both environments, two replies each; what they train is measured by the same posterior
-    sizes = ["--turns", "2", "--max_prompt", "10", "--max_new_tokens", "8"]
-    for name, policy, reward in (("arithmetic", "sft", ()), ("open_chat", "talk", ("rated",))):
-        out = tmp_path / name
-        words = ["train_rlhf.py", "ppo", "--data", tmp_path / "chat", "--policy", tmp_path / policy,
-                 "--env", f"nanokl/dialogue.py:{name}", *sizes, *SMALL["train_rlhf.py ppo"].split(),
-                 *ON_CPU, "--out", out]  # fmt: skip
-        if reward:
-            python.fails(*words, says="open_chat is paid by a reward model, and none is given")
-            words += ["--reward", tmp_path / reward[0]]
-        python.ok(*words)
-        s = read(out / "summary.json")
-        assert s["first_ratio_max_deviation"] == 0 and abs(s["kl_at_step_0"]) < 1e-6
-        assert s["posterior"]["log_z_nats_lower"] is not None
-        said = [json.loads(line)["after"] for line in (out / "samples.jsonl").open("rb")]
-        assert any("<|user|>" in text for text in said) or name == "open_chat"
-        python.ok("-m", "nanokl", "posterior", out, "--prompts", 2, "--samples", 32)
+    python.fails(*stage("ppo", tmp_path / "x"), "--env", "nanokl/dialogue.py:open_chat", "--reward",
+                 "None", "--data", tmp_path / "chat", "--policy", tmp_path / "talk",
+                 says="open_chat is paid by a reward model, and none is given: give --reward")
 
 
 def test_latent_variables(python, demo, tmp_path):
@@ -632,6 +618,10 @@ def test_readme_block(python, table_runs, made_up, block):
             assert done.returncode == 0 and done.stdout.strip(), done.stderr
         else:
             python.ok(*shrunk(line, made_up))
+            out = re.search(r"train_rlhf.py ppo .*--out (\S+)", line)
+            if out and "--method" not in line:  # of texts or of dialogues, the policy starts at ref
+                s = read(python.cwd / out[1] / "summary.json")
+                assert s["first_ratio_max_deviation"] == 0 and abs(s["kl_at_step_0"]) < 1e-6
 
 
 def test_readme_reward_of_five_lines(python, table_runs):

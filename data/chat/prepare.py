@@ -74,12 +74,14 @@ def read_all(flags: Flags) -> Corpus:
 
 def wheel(name: str, path: Path | None, sha256: str) -> zipfile.ZipFile:
     """A wheel of that hash, fetched where no path is given."""
-    if path is not None:
-        return zipfile.ZipFile(io.BytesIO(read_bytes(path, sha256)))
     release, _, size = RELEASES[name]
     with tempfile.TemporaryDirectory() as folder:
-        path = fetch(release, sha256, Path(folder), size=size, flag=f"--{name}")
-        return zipfile.ZipFile(io.BytesIO(read_bytes(path, sha256)))
+        if path is None:
+            path = fetch(release, sha256, Path(folder), size=size, flag=f"--{name}")
+        try:
+            return zipfile.ZipFile(io.BytesIO(read_bytes(path, sha256)))
+        except zipfile.BadZipFile:
+            raise UserError(f"{path} is no wheel: give that of {release}") from None
 
 
 def split_of(name: str) -> str:
