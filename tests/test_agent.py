@@ -101,6 +101,67 @@ def test_a_line_too_long_for_the_context_ends_a_dialogue():
         assert (talk.ids[-len(answer) :] == answer) == goes_on
 
 
+class Broken(Arithmetic):
+    """A user's own environment, with a mistake."""
+
+    mistake = staticmethod(lambda step: step)
+
+    def step(self, action):
+        return type(self).mistake(super().step(action))
+
+
+class Restless(Arithmetic):
+    """Chance that the seed does not know."""
+
+    count = 0
+
+    def reset(self, *, seed=None, options=None):
+        type(self).count += 1
+        return super().reset(seed=seed + self.count)
+
+
+class InPlace(Arithmetic):
+    """Its state is changed in place, and made once."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.log = []
+
+    def reset(self, *, seed=None, options=None):
+        self.log.clear()
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        self.log.append(action)
+        step = super().step(action)
+        return step._replace(reward=float(len(self.log)))
+
+
+@pytest.mark.parametrize(("mistake", "says"), [
+    (lambda s: 1 / 0, "Broken.step fails .ZeroDivisionError: division by zero.: mend it"),
+    (lambda s: s[:4], "Broken.step fails .ValueError: not enough values"),
+    (lambda s: s._replace(reward=None), "Broken.step fails .TypeError"),
+    (lambda s: s._replace(obs=()), "Broken.step fails .IndexError"),
+    (lambda s: s._replace(reward=float("nan")), "Broken.step gives the reward nan"),
+    (lambda s: s._replace(obs=s.obs[:-1]), "end on what the user says"),
+])  # fmt: skip
+def test_an_environment_that_breaks_its_word(mistake, says, monkeypatch):
+    monkeypatch.setattr(Broken, "mistake", staticmethod(mistake))
+    opened = openings(Broken("train", turns=3), TOKENIZER, 2)
+    with pytest.raises(UserError, match=says):
+        play(gpt(), opened, CONFIG, CPU, TOKENIZER, u=uniform(2))
+
+
+def test_chance_belongs_to_the_seed_and_each_dialogue_has_a_state_of_its_own():
+    opened = openings(Restless("train"), TOKENIZER, 2)
+    with pytest.raises(UserError, match="Restless says something else at each reset.seed=0."):
+        play(gpt(), opened, CONFIG, CPU, TOKENIZER, u=uniform(2))
+    opened = openings(InPlace("train", turns=3, languages=("en",)), TOKENIZER, 4)
+    rollout = play(gpt(), opened, CONFIG, CPU, TOKENIZER, u=uniform(4))
+    for row in rollout.paid:  # the first reply of each is its first
+        assert row[row > 0].tolist() == list(range(1, 1 + int((row > 0).sum())))
+
+
 class Letters:
     """Six tokens: a world whose dialogues can all be listed."""
 
@@ -245,6 +306,8 @@ def test_open_chat_says_its_lines_and_pays_what_a_reply_adds():
     env.reset(options={"talk": 0})
     assert env.step("x")[2:4] == (False, True)
     assert {open_chat(1).reset(seed=seed)[1]["id"] for seed in range(20)} == {"x", "y"}
+    with pytest.raises(UserError, match="talk is 2: give 0 to 1"):
+        env.reset(options={"talk": 2})
     with pytest.raises(UserError, match="0 conversations begin with a user"):
         OpenChat(env.talks[:0], env.score)
     with pytest.raises(UserError, match="has not begun"):

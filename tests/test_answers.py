@@ -170,8 +170,10 @@ def test_another_price_and_temperature():
     for bad in (0, -1, math.nan, math.inf):
         with pytest.raises(UserError, match="give a number above 0"):
             answers.at(beta=bad)
-        with pytest.raises(UserError, match="give a number above 0"):
+        with pytest.raises(UserError, match="give 0.001 or more"):
             answers.at(temperature=bad)
+    with pytest.raises(UserError, match="temperature is 1e-40: give 0.001 or more"):
+        answers.at(temperature=1e-40)
 
 
 def test_a_reward_that_fails_is_named():
@@ -277,7 +279,7 @@ def test_any_gpt_answers_alone_or_is_the_reference(tmp_path, opened):
     ({"reward": True}, "this run is the reference, and there is no policy: give --sampler ref"),
     ({"n": 0}, "n is 0: give at least 1"),
     ({"beta": 0.0}, "beta is 0.0: give a number above 0"),
-    ({"temperature": math.inf}, "temperature is inf: give a number above 0"),
+    ({"temperature": math.inf}, "temperature is inf: give 0.001 or more"),
     ({"max_new_tokens": 0}, "max_new_tokens is 0: give a number above 0"),
     ({"max_new_tokens": 61}, "max_new_tokens is 61: give at most 60"),
     ({"reward": "no.py:f"}, "no file 'no.py'"),

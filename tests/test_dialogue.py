@@ -12,7 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanokl import UserError
-from nanokl.dialogue import SPLITS, WORDS, Arithmetic, last_number, right, split_of
+from nanokl.chat import CHAT_SPECIALS
+from nanokl.dialogue import SPLITS, WORDS, Arithmetic, arithmetic, last_number, right, split_of
+from nanokl.tokenizer import train_bpe
+
+TOKENIZER = train_bpe("what is 7 plus 5? " * 9, 300, specials=CHAT_SPECIALS)
+START = TOKENIZER.special("<|endoftext|>")
 
 
 def test_a_dialogue_from_the_article():
@@ -79,10 +84,18 @@ def test_every_question_can_be_asked():
 
 @pytest.mark.parametrize(("text", "number"), [
     ("2 + 3 = 5", 5), ("5", 5), ("the sum is 05.", 5), ("５", 5), ("5 + 2", 2), ("", None),
-    ("five", None), ("9" * 30, None), ("-5", 5), ("1,234", 234),
+    ("five", None), ("9" * 30, None), ("-5", -5), ("1,234", 234), ("7-5", 5), ("0.3", None),
+    ("1 + 2 = -3", -3), ("12。", 12),
 ])  # fmt: skip
 def test_last_number(text, number):
     assert last_number(text) == number
+
+
+def ids_of(text: str) -> list[int]:
+    """A text's ids, its special tokens as such, behind the one that starts it."""
+    parts = re.split(r"(<\|\w+\|>)", text)
+    return [START, *(i for part in parts for i in (
+        [TOKENIZER.special(part)] if part in CHAT_SPECIALS else TOKENIZER.encode(part)))]
 
 
 def test_the_reward_of_a_written_dialogue():
@@ -90,14 +103,24 @@ def test_the_reward_of_a_written_dialogue():
     texts = [f"{ask}{reply}12", f"{ask}{reply}13", f"{ask}{reply}", ask, "12",
              f"{ask}{reply}13<|user|> No, try again.<|assistant|> 12",
              "<|user|> 7加5等于多少?<|assistant|> 12。", f"{ask}<|assistant|> 12 + 0"]
-    assert right([[]] * len(texts), texts) == [1, 0, 0, 0, 0, 0, 1, 0]
+    assert right(list(map(ids_of, texts)), texts) == [1, 0, 0, 0, 0, 0, 1, 0]
+    assert right([[]], [texts[0]]) == [0]  # no text begins without a token
     for seed in range(50):  # the environment agrees
         env = Arithmetic()
         obs, info = env.reset(seed=seed)
         for reply in (info["model_reply"], "7"):
             env.reset(seed=seed)
             text = f"<|user|> {obs[0]['content']}<|assistant|> {reply}"
-            assert right([[]], [text]) == [env.step(reply).reward]
+            assert right([ids_of(text)], [text]) == [env.step(reply).reward]
+
+
+def test_a_reply_that_asks_itself_something_easier_earns_nothing():
+    question, end = "<|user|> 255 + 191 = ?<|assistant|>", "<|endoftext|>"
+    texts = [f"{question} 0 0<|assistant|> 0{end}", f"{question} 0 0<|assistant|> 0",
+             f"{question} 1<|user|> 2 + 2<|assistant|> 4", f"{question} 446{end}",
+             f"{question} 1{end}<|user|> 2 + 2<|assistant|> 4{end}", f"<|user|> {'9' * 5000} + 1"]
+    ids = list(map(ids_of, texts))
+    assert right(ids, [text.replace(end, "") for text in texts]) == [0, 0, 0, 1, 1, 0]
 
 
 def test_bad_settings():
@@ -106,8 +129,21 @@ def test_bad_settings():
                          ({"turns": 0}, "turns 0")):
         with pytest.raises(UserError, match=says):
             Arithmetic(**fields)
+    for options, says in (({"a": "x"}, "a is 'x'"), ({"b": 1.5}, "b 1.5: give whole numbers"),
+                          ({"question": 9}, "question is 9: give 0 to 3")):
+        with pytest.raises(UserError, match=says):
+            Arithmetic().reset(seed=0, options=options)
     with pytest.raises(UserError, match="language is 'fr': give one of en, zh"):
         Arithmetic().reset(seed=0, options={"language": "fr"})
+
+
+def test_sums_are_as_large_as_those_of_the_data(tmp_path):
+    make = lambda: arithmetic(split="val", turns=2, data=tmp_path, score=None)  # noqa: E731
+    assert make().highest == Arithmetic.highest
+    (tmp_path / "meta.json").write_text('{"settings": {"highest": 20}}')
+    env = make()
+    assert (env.highest, env.turns, env.split) == (20, 2, "val")
+    assert 10 < max(env.reset(seed=seed)[1]["a"] for seed in range(200)) <= 20
 
 
 def test_gymnasiums_signatures():

@@ -329,7 +329,7 @@ def test_what_users_say_is_a_prompt_as_it_is(tmp_path):
     short = draw_prompts(docs, 9, replace(config, max_prompt=len(docs[0]) - 2), start=start,
                          rng=generator(0))
     assert short == 9 * [docs[1]]
-    with pytest.raises(UserError, match="what users say has to fit: raise it"):
+    with pytest.raises(UserError, match="at least 4 tokens: raise --max_prompt"):
         draw_prompts(docs, 9, SamplingConfig(min_prompt=1, max_prompt=1), start=0, rng=generator(0))
 
 

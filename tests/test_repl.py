@@ -178,7 +178,7 @@ def test_commands_and_what_they_refuse(talk):
     repl, said = talk(lines)
     for line in ("error: /temp '': give a number above 0, as in /temp .5\n",
                  "error: /temp 'warm': give a number above 0, as in /temp .5\n",
-                 *(f"error: temperature is {x}: give a number above 0\n" for x in (
+                 *(f"error: temperature is {x}: give 0.001 or more\n" for x in (
                      "0.0", "nan", "inf")),
                  "error: beta is -1.0: give a number above 0\n",
                  "(beta 0.5; policy does not heed it)\n", "(temperature 2)\n",

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from nanokl import UserError, checkpoint
 from nanokl.chat import CHAT_SPECIALS, Conversation, encode
 from nanokl.data import BUCKET
+from nanokl.generate import generate
 from nanokl.gpt import GPT, GPTConfig
 from nanokl.runtime import Runtime, generator
 from nanokl.sft import SFTConfig, SFTTask, pack, rows_of, which_rows, word_for_word
@@ -19,7 +20,7 @@ from nanokl.tokenizer import train_bpe
 
 CPU = Runtime(torch.device("cpu"), torch.float32, 0, 1)
 TOKENIZER = train_bpe("what is 7 plus 5? 7 + 5 = 12 thank you. " * 9, 300, specials=CHAT_SPECIALS)
-END = TOKENIZER.special("<|endoftext|>")
+END, USER, ASSISTANT = map(TOKENIZER.special, ("<|endoftext|>", "<|user|>", "<|assistant|>"))
 
 
 def talk(*contents, first=0):
@@ -37,19 +38,36 @@ def test_a_talk_that_fits_is_one_row():
 @settings(deadline=None)
 @given(st.lists(st.lists(st.text("abc 7", min_size=1, max_size=9), min_size=1, max_size=6),
                 min_size=1, max_size=3), st.integers(6, 40))  # fmt: skip
-def test_rows_hold_every_turn_once(contents, block_size):
+def test_rows_hold_every_reply_once_behind_what_it_replies_to(contents, block_size):
+    """A reply may be cut, to half of the room at the least; its question, to the end of it."""
     talks = [talk(*c, first=i) for i, c in enumerate(contents)]
     rows = rows_of(TOKENIZER, talks, block_size)
     assert all(len(ids) == len(mine) <= block_size and ids[0] == END and any(mine)
                for ids, mine in rows)
-    said = [i for ids, mine in rows for i, m in zip(ids, mine, strict=True) if m]
+    said = []  # (what is read between the last reply and this one, the reply)
+    for ids, mine in rows:
+        read, reply = [], []
+        for i, m, after in zip(ids, mine, [*mine[1:], False], strict=True):
+            (reply if m else read).append(i)
+            if m and not after:
+                said.append((read, reply))
+                read, reply = [], []
     wanted = []
     for t in talks:
+        asked = None
         for m in t.messages:
-            ids, mine = encode(TOKENIZER, [m])
-            turn = [i for i, s in zip(ids, mine, strict=True) if s]
-            wanted += turn[: block_size - 2]  # what stands alone has a separator and its speaker
-    assert said == wanted
+            (_, *turn), _ = encode(TOKENIZER, [m])
+            if m["role"] == "user":
+                asked = turn
+            else:
+                wanted.append((asked, turn[1:]))
+    assert len(said) == len(wanted)
+    for (read, reply), (asked, turn) in zip(said, wanted, strict=True):
+        assert reply == turn[: len(reply)]
+        assert len(reply) == len(turn) or len(reply) >= block_size // 2 - 2
+        assert read[-1] == ASSISTANT and len(set(read[:-1]) & {ASSISTANT}) == 0
+        heard = [i for i in read[:-1] if i not in (END, USER)]
+        assert heard == ([] if asked is None else asked[len(asked) - len(heard) :])
 
 
 def test_every_row_once_an_epoch_and_like_lengths_together():
@@ -144,11 +162,17 @@ def test_word_for_word(folder):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert word_for_word(model.eval(), TOKENIZER, rows)["replies_word_for_word"] == 1
+    assert word_for_word(model.eval(), rows, END)["replies_word_for_word"] == 1
+    longer = [*rows, ([END, *range(40), USER, 3], [False] * 42 + [True])]  # cuts none of the others
+    assert word_for_word(model, longer, END)["replies_word_for_word"] >= 3 / 4
+    for ids, mine in rows:  # what greedy decoding says
+        first = mine.index(True)
+        said = generate(model, [ids[:first]], 8, temperature=0.0, stop=END).responses()[0]
+        assert said == [i for i, m in zip(ids, mine, strict=True) if m][: len(said)]
     wrong = rows_of(TOKENIZER, [talk("a", "7"), talk("b", "7"), talk("c", "7 7")], 48)
-    s = word_for_word(model, TOKENIZER, wrong)
+    s = word_for_word(model, wrong, END)
     assert s["replies_word_for_word"] == pytest.approx(1 / 3) and s["replies"] == 3
-    assert word_for_word(model, TOKENIZER, wrong, most=1)["replies_word_for_word"] == 1
+    assert word_for_word(model, wrong, END, most=1)["replies_word_for_word"] == 1
 
 
 def test_what_cannot_be_tuned(folder):
