@@ -60,13 +60,13 @@ help: ## 0    this list
 
 setup: $(VENV) ## 0.5  .venv with the pinned packages
 
-test: $(VENV) ## 4.7  all tests
+test: $(VENV) ## 11   all tests, beside other work
 	$(PY) -m pytest
 
 lint: $(VENV) ## 0.1  ruff
 	$(PY) -m ruff check .
 
-check: lint test ## 4.8  what CI runs: lint and test
+check: lint test ## 11    what CI runs: lint and test
 
 demo: $(VENV) ## 8.4  the whole story, from data to report, in runs/demo (replaced)
 	rm -rf runs/demo && mkdir -p runs/demo && date +%s > runs/demo/started
