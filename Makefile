@@ -60,13 +60,14 @@ help: ## 0    this list
 
 setup: $(VENV) ## 0.5  .venv with the pinned packages
 
-test: $(VENV) ## 11   all tests, beside other work
-	$(PY) -m pytest
+# two processes of one thread each; a file's tests share what they have trained
+test: $(VENV) ## 4.3  all tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 lint: $(VENV) ## 0.1  ruff
 	$(PY) -m ruff check .
 
-check: lint test ## 11    what CI runs: lint and test
+check: lint test ## 4.4   what CI runs: lint and test
 
 demo: $(VENV) ## 8.4  the whole story, from data to report, in runs/demo (replaced)
 	rm -rf runs/demo && mkdir -p runs/demo && date +%s > runs/demo/started
