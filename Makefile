@@ -50,7 +50,7 @@ go_on = $(if $(wildcard $(RUN)/$(1)/last/state.pt),--resume)
 .PHONY: help setup test lint check demo data pretrain bert vae examples reward minilm classes sums chat rlhf trainers overoptimisation report results bench parity clean
 
 help: ## 0    this list
-	@echo "Minutes on a 2-core x86-64 CPU with AMX, 2026-11, after setup; a stage with what it needs:"
+	@echo "Minutes on a 2-core x86-64 CPU with AMX, 2026-11, after setup; a stage with what it needs (+: not all of it is timed yet):"
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-18s%s\n", $$1, $$2}'
 
 .venv/ready: pyproject.toml constraints.txt
@@ -140,7 +140,7 @@ $(RUN)/trainers/%/summary.json: | $(RUN)/reward/summary.json
 	$(call train_ppo,trainers/$*) --method $(firstword $(subst -, ,$*)) --beta $(lastword $(subst -, ,$*)) $(if $(filter main,$(BUDGET)),$(TRAINER) --steps $(STEPS_$(firstword $(subst -, ,$*))),$(PPO))
 
 # sums in two languages: fine-tuning, then three methods that are told right or wrong, PPO that pays
-# nothing for KL, and PPO in dialogues of two replies
+# nothing for KL
 SUMS := data/arithmetic
 SUMS_SFT := $(if $(filter tiny,$(BUDGET)),--steps 6 --n_layer 1 --eval_every 3,--steps 1300 --block_size 72)
 SUMS_PPO := --max_prompt 18 --max_new_tokens 12 $(if $(filter tiny,$(BUDGET)),$(PPO_tiny),--batch 1024 --minibatch 512 --steps 400 --warmup 10 --decay 1 --lr 3e-4 --muon_lr 0 --momentum 0.9) --no-shaping
@@ -148,7 +148,7 @@ SUMS_rloo := --beta 0.02 --method rloo
 SUMS_grpo := --beta 0.02 --method grpo
 SUMS_free := --beta 0
 train_sums = $(PY) train_rlhf.py ppo --data $(SUMS) --policy $(RUN)/sums/sft --reward nanokl/dialogue.py:right --out $(RUN)/sums/$(1) $(SUMS_PPO) $(call go_on,sums/$(1))
-sums: $(RUN)/sums/ppo/summary.json $(foreach m,rloo grpo free,$(RUN)/sums/ppo-$(m)/summary.json) ## 45   a checkable reward: sums, by PPO, RLOO, GRPO, and PPO without a price of KL
+sums: $(RUN)/sums/ppo/summary.json $(foreach m,rloo grpo free,$(RUN)/sums/ppo-$(m)/summary.json) ## 16+  a checkable reward: sums, by PPO, RLOO, GRPO, and PPO without a price of KL
 	$(PY) -m nanokl report $(RUN)/sums
 $(SUMS)/conversations.jsonl: data/arithmetic/prepare.py | $(VENV)
 	$(PY) data/arithmetic/prepare.py
@@ -167,7 +167,7 @@ CHAT_BERT := $(if $(filter tiny,$(BUDGET)),$(BERT_tiny),--steps 800 --batch_size
 CHAT_SFT := $(if $(filter tiny,$(BUDGET)),--steps 6 --eval_every 3,--steps 400 --lr 5e-4 --muon_lr 5e-4)
 CHAT_REWARD := $(if $(filter tiny,$(BUDGET)),$(REWARD_tiny),--steps 300)
 CHAT_PPO := $(if $(filter tiny,$(BUDGET)),$(PPO_tiny),--steps 60 --posterior_prompts 8)
-chat: $(RUN)/chat/ppo/summary.json ## 25   open chat: GPT, encoder, fine-tuning, reward model of ratings, PPO in dialogues
+chat: $(RUN)/chat/ppo/summary.json ## 25+  open chat: GPT, encoder, fine-tuning, reward model of ratings, PPO in dialogues
 	$(PY) -m nanokl report $(RUN)/chat
 $(CHAT)/meta.json: data/chat/prepare.py | $(VENV)
 	$(PY) data/chat/prepare.py

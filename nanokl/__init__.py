@@ -41,6 +41,11 @@ class UserError(ValueError):
     """A mistake in a flag, a file or a value: programs print its one line and exit with 2."""
 
 
+def one_line(error: Exception) -> str:
+    """What another's code has raised, as a part of a UserError's line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def require_positive(config, *names: str) -> None:
     """Raises UserError for the first of a config's fields that is not above 0."""
     for name in names:

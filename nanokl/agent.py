@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanokl import UserError, checkpoint
-from nanokl.chat import TURNS, encode_turn, prompt
+from nanokl import UserError, checkpoint, one_line
+from nanokl.chat import TURNS, encode_turn, prompt, require_turns
 from nanokl.dialogue import Message
 from nanokl.generate import generate
 from nanokl.gpt import GPT
@@ -63,9 +63,7 @@ class Opening(list):
 
 def openings(env, tokenizer: Tokenizer, n: int) -> list[Opening]:
     """The first n seeds' dialogues of an environment, up to where the model is to speak."""
-    if missing := set(TURNS.values()) - set(tokenizer.specials):
-        raise UserError(f"the policy's tokenizer has no {' and no '.join(sorted(missing))}: give "
-                        "one that was trained on conversations (train_rlhf.py sft)")
+    require_turns(tokenizer, "the policy's tokenizer")
     return [Opening(prompt(tokenizer, env.reset(seed=seed)[0], 1 << 20)[0], env, seed)
             for seed in range(n)]
 
@@ -103,7 +101,6 @@ class Talk:
         self.steps += [(False, 0.0, 0.0)] * len(answer)
         return True
 
-
     def _step(self, reply: str) -> tuple[float, str | None]:
         """The reward, and what the user says next; UserError for a step that breaks its word."""
         try:
@@ -113,7 +110,7 @@ class Talk:
         except UserError:
             raise
         except Exception as e:  # whatever the user's own code raises
-            reason = " ".join(f"{type(e).__name__}: {e}".split())
+            reason = one_line(e)
             raise UserError(f"{_name(self.env)}.step fails ({reason}): mend it") from e
         if not math.isfinite(reward) or (said and said[0] != "user"):
             raise UserError(f"{_name(self.env)}.step gives the reward {reward} and last message "

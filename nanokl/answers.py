@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanokl import UserError, checkpoint, ppo, samplers
+from nanokl import UserError, checkpoint, one_line, ppo, samplers
 from nanokl import runtime as rt
 from nanokl.evaluation import Stage
 from nanokl.gpt import GPT
@@ -172,7 +172,7 @@ def guarded(reward: RewardFunction) -> RewardFunction:
         except UserError:
             raise
         except Exception as e:  # whatever the user's own code raises
-            reason = " ".join(f"{type(e).__name__}: {e}".split())
+            reason = one_line(e)
             raise UserError(f"the reward failed ({reason}): mend it, or ask otherwise") from e
 
     return guard

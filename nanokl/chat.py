@@ -30,6 +30,13 @@ def clean(text: str) -> str:
     return " ".join("".join(c for c in kept if unicodedata.category(c) not in ("Cc", "Cs")).split())
 
 
+def require_turns(tokenizer: Tokenizer, whose: str) -> None:
+    """UserError where a tokenizer has no special tokens for turns."""
+    if missing := set(TURNS.values()) - set(tokenizer.specials):
+        raise UserError(f"{whose} has no {' and no '.join(sorted(missing))}: give a model that was "
+                        "trained on data/chat, data/arithmetic or another folder of conversations")
+
+
 def encode_turn(tokenizer: Tokenizer, role: str, content: str) -> list[int]:
     """A turn's ids, from its special token to its end."""
     if role not in ROLES:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanokl import UserError, agent, chat, checkpoint, ppo
+from nanokl import UserError, agent, chat, checkpoint, one_line, ppo
 from nanokl.data import Shard
 from nanokl.gpt import GPT
 from nanokl.hf_tokenizer import load_tokenizer
@@ -40,7 +40,7 @@ def dialogues(flags: ppo.PPOConfig, split: str, tokenizer: Tokenizer,
     except UserError:
         raise
     except Exception as e:  # whatever the user's own code raises
-        reason = " ".join(f"{type(e).__name__}: {e}".split())
+        reason = one_line(e)
         raise UserError(f"{flags.env} makes no environment ({reason}): give FILE.py:FUNCTION as "
                         "nanokl/dialogue.py has them") from e
 

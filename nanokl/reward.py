@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanokl import UserError, checkpoint, require_types
+from nanokl import UserError, checkpoint, one_line, require_types
 from nanokl.data import text_batch
 from nanokl.hf_tokenizer import load_tokenizer
 from nanokl.judgements import HumanPairs, Judgements
@@ -255,7 +255,7 @@ def load_function(spec: str) -> RewardFunction:
     try:
         function = runpy.run_path(path).get(name)
     except Exception as e:  # whatever the user's own code raises
-        reason = " ".join(f"{type(e).__name__}: {e}".split())
+        reason = one_line(e)
         raise UserError(f"{path} cannot be run ({reason}): mend it") from e
     if not callable(function):
         raise UserError(f"{path} has no function {name!r}: give FILE.py:FUNCTION")

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from nanokl import UserError, checkpoint, require_positive, training
-from nanokl.chat import TURNS, Conversation, encode_turn, load_conversations
+from nanokl.chat import Conversation, encode_turn, load_conversations, require_turns
 from nanokl.data import BUCKET, shuffled
 from nanokl.gpt import GPT, GPTConfig
 from nanokl.hf_tokenizer import load_tokenizer
@@ -114,9 +114,7 @@ class SFTTask:
     def __init__(self, flags, runtime: Runtime):
         folder = flags.data if flags.init is None else checkpoint.resolve(flags.init)
         self.flags, self.runtime, self.tokenizer = flags, runtime, load_tokenizer(folder)
-        if missing := set(TURNS.values()) - set(self.tokenizer.specials):
-            raise UserError(f"the tokenizer of {folder} has no {' and no '.join(sorted(missing))}: "
-                            "give a model that was pretrained on data/chat or data/arithmetic")
+        require_turns(self.tokenizer, f"the tokenizer of {folder}")
         if flags.init is None:
             config = GPTConfig(vocab_size=self.tokenizer.vocab_size, block_size=flags.block_size,
                                n_layer=flags.n_layer, n_head=flags.n_head, n_embd=flags.n_embd)
