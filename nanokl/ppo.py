@@ -3,8 +3,8 @@
 One batch goes through rollout -> score -> measure -> advantages -> a few epochs of minibatches.
 All per-token tensors are (B, T-1), aligned with logp, and True in `mask` marks the response: of a
 dialogue all of the model's replies, with gaps where the user speaks.
-Ziegler et al. arXiv:1909.08593; Schulman et al. arXiv:1707.06347. Left out: a
-critic that starts from other weights than the reference's.
+Ziegler et al. arXiv:1909.08593; Schulman et al. arXiv:1707.06347. Left out: a critic
+that starts from other weights than the reference's.
 """
 
 from dataclasses import dataclass, replace

@@ -3,7 +3,7 @@
 Every sampler takes a Target, P prompts, the number n of texts wanted for each, and a generator on
 the CPU, and gives `Draws`. Proposals are whole texts of the reference, of the policy or half of
 each; weights make up for the difference. All log-probs are those of PPO: at the temperature of
-sampling, nothing truncated. Left out: proposals that change a part of a text, rewards inside it.
+sampling, nothing truncated. Left out: proposals that change a part of a text.
 """
 
 from dataclasses import dataclass
