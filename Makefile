@@ -142,10 +142,10 @@ $(RUN)/trainers/%/summary.json: | $(RUN)/reward/summary.json
 # sums in two languages: fine-tuning, then three methods that are told right or wrong, PPO that pays
 # nothing for KL
 SUMS := data/arithmetic
-SUMS_SFT := $(if $(filter tiny,$(BUDGET)),--steps 6 --n_layer 1 --eval_every 3,--steps 1300 --block_size 72)
-SUMS_PPO := --max_prompt 18 --max_new_tokens 12 $(if $(filter tiny,$(BUDGET)),$(PPO_tiny),--batch 1024 --minibatch 512 --steps 400 --warmup 10 --decay 1 --lr 3e-4 --muon_lr 0 --momentum 0.9) --no-shaping
-SUMS_rloo := --beta 0.02 --method rloo
-SUMS_grpo := --beta 0.02 --method grpo
+SUMS_SFT := $(if $(filter tiny,$(BUDGET)),--steps 6 --n_layer 1 --eval_every 3,--steps 1800 --block_size 72 --lr 2e-3 --muon_lr 3e-3)
+SUMS_PPO := --max_prompt 18 --max_new_tokens 12 $(if $(filter tiny,$(BUDGET)),$(PPO_tiny),--batch 512 --minibatch 256 --steps 120 --warmup 10 --decay 1 --lr 3e-4 --muon_lr 0 --momentum 0.9) --no-shaping
+SUMS_rloo := --method rloo --group 4
+SUMS_grpo := --method grpo --group 4
 SUMS_free := --beta 0
 train_sums = $(PY) train_rlhf.py ppo --data $(SUMS) --policy $(RUN)/sums/sft --reward nanokl/dialogue.py:right --out $(RUN)/sums/$(1) $(SUMS_PPO) $(call go_on,sums/$(1))
 sums: $(RUN)/sums/ppo/summary.json $(foreach m,rloo grpo free,$(RUN)/sums/ppo-$(m)/summary.json) ## 16+  a checkable reward: sums, by PPO, RLOO, GRPO, and PPO without a price of KL
@@ -156,7 +156,7 @@ $(SUMS)/conversations.jsonl: data/arithmetic/prepare.py | $(VENV)
 $(RUN)/sums/sft/summary.json: | $(SUMS)/conversations.jsonl
 	$(PY) train_rlhf.py sft --data $(SUMS) --out $(RUN)/sums/sft $(SUMS_SFT) $(call go_on,sums/sft)
 $(RUN)/sums/ppo/summary.json: | $(RUN)/sums/sft/summary.json
-	$(call train_sums,ppo) --beta 0.02
+	$(call train_sums,ppo)
 $(RUN)/sums/ppo-%/summary.json: | $(RUN)/sums/sft/summary.json
 	$(call train_sums,ppo-$*) $(SUMS_$*)
 

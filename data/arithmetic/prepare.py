@@ -1,17 +1,23 @@
 """Questions for the sum of two numbers, in English and Chinese, and their answers.
 
-What dialogue.Arithmetic asks, with the reply that it wants: "What is 7 plus 5?" "7 + 5 = 12"
-"Thank you." A pair of numbers is in one split alone, whichever comes first. Digits are tokens by
-themselves. conversations.jsonl has the dialogues, the shards the same as running text.
+What dialogue.Arithmetic asks, and what somebody replies who knows how to add, but is careless: of
+the sums that have something to carry, half come without it at first. "What is 27 plus 5?" "27 + 5 =
+22" "No, try again." "27 + 5 = 32" "Thank you." Who imitates this is wrong as often. A pair of
+numbers is in one split alone, whichever comes first. Digits are tokens by themselves.
+conversations.jsonl has the dialogues, the shards the same as running text.
 """
 
 import json
 import sys
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
+
+import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # the clone, where not installed
 
+from nanokl import UserError
 from nanokl.chat import CHAT_SPECIALS, FILE
 from nanokl.corpus import Corpus, prepare_corpus
 from nanokl.dialogue import SPLITS, Arithmetic
@@ -26,28 +32,43 @@ class Flags:
 
     out: Path = HERE  # folder to write to
     highest: int = Arithmetic.highest  # of both numbers
-    train: int = 64_000  # dialogues to learn from
+    train: int = 128_000  # dialogues to learn from
     held_out: int = 1000  # dialogues in val and in test, each
+    slips: float = 0.5  # share of the sums with a carry whose first reply is without it
     vocab_size: int = 512  # tokens, specials counted
     force: bool = False  # prepare again what is prepared
+
+    def __post_init__(self):
+        if not 0 <= self.slips <= 1:
+            raise UserError(f"slips is {self.slips}: give 0 to 1")
 
 
 def main() -> None:
     """Prepare the folder, or say that it is prepared."""
     flags = parse_flags(Flags, prog="data/arithmetic/prepare.py", description=__doc__)
     settings = {"highest": flags.highest, "train": flags.train, "held_out": flags.held_out,
-                "specials": list(CHAT_SPECIALS)}
+                "slips": flags.slips, "specials": list(CHAT_SPECIALS)}
     print(prepare_corpus(flags.out, lambda: dialogues(flags), settings=settings, level="digits",
                          vocab_size=flags.vocab_size, force=flags.force))
+
+
+def without_carry(a: int, b: int) -> int:
+    """The sum of one who forgets the carry: 27 + 5 = 22. What the first column has stays whole."""
+    columns = [int(x) + int(y) for x, y in zip_longest(str(a)[::-1], str(b)[::-1], fillvalue="0")]
+    *lower, first = columns
+    return int(f"{first}{''.join(str(x % 10) for x in reversed(lower))}")
 
 
 def dialogues(flags: Flags) -> Corpus:
     """Dialogues of the seeds 0, 1, 2, ... of each split's environment."""
     rows = []
     for split in SPLITS:
-        env = Arithmetic(split, highest=flags.highest)
+        env = Arithmetic(split, highest=flags.highest, turns=2)
         for seed in range(flags.train if split == "train" else flags.held_out):
             _, info = env.reset(seed=seed)
+            a, b, careful = info["a"], info["b"], np.random.default_rng([seed, 1]).random()
+            if careful < flags.slips and without_carry(a, b) != a + b:
+                env.step(f"{a} + {b} = {without_carry(a, b)}")
             messages = env.step(info["model_reply"]).obs
             rows.append({"id": f"{split} {seed}", "split": split, "language": info["language"],
                          "messages": messages})
