@@ -57,6 +57,7 @@ TILES = [
 AGREEMENT = {"Pair accuracy": ("pair_accuracy", "human_ceiling", "human ceiling"),
              "Pearson r": ("pearson_r", "human_r", "one human")}
 # Figures: stage, file, title, y axis, caption, painter and what to paint.
+SD = "sd of the reference's scores"  # a reward model's unit; a function's has its own
 FIGURES = [
     ("gpt", "gpt_loss", "GPT loss", "nats per token",
      "Validation is a full pass over a pinned slice. The first, steep steps may leave the frame.",
@@ -78,21 +79,21 @@ FIGURES = [
     ("reward", "rating_loss", "Rating loss", "sd of the ratings, squared",
      "Where the mean rating of each text is what is learnt; always guessing the mean has 1.",
      fig.curves, {"loss_sd2_per_text": "training"}),
-    ("ppo", "posterior", "From prior to posterior", "objective, sd of the reference's scores",
+    ("ppo", "posterior", "From prior to posterior", f"objective, {SD}",
      "The gap that is left to the posterior's beta log Z is beta KL(policy || posterior). A band "
      "is what is not known of log Z. Where too few texts have all the weight there is none, and "
      "the posterior's level is at least where it is drawn.", fig.evidence),
-    ("ppo", "ppo_reward_kl", "Reward against KL", "sd of the reference's scores",
+    ("ppo", "ppo_reward_kl", "Reward against KL", SD,
      "The most reward that any policy can have at a KL (dotted: at least so much), what samplers "
      "of the reference reach with n texts and no training (SMC, steered by the critic, at most at "
      "the KL where it stands), and what training pays and gets. "
      "Training is on all prompts, everything else on the few on which the gap is measured.",
      fig.frontier),
-    ("ppo", "overoptimisation", "Proxy and gold", "sd of the reference's scores",
+    ("ppo", "overoptimisation", "Proxy and gold", SD,
      "The policy is trained on a reward model of one half of each text's ratings; one of the other "
      "half only watches. Where they part, PPO gets what the first has wrong (Gao et al. 2022).",
      fig.overoptimisation),
-    ("ppo", "ppo_reward", "Reward and objective", "sd of the reference's scores",
+    ("ppo", "ppo_reward", "Reward and objective", SD,
      "The distance between the two is what the KL costs.",
      fig.curves, {"objective": "objective", "reward_mean": "reward"}),
     ("ppo", "ppo_kl", "KL from the reference", "nats per sequence",
@@ -125,10 +126,17 @@ def command(stage: str, flags: dict) -> str:
     return shlex.join(words)
 
 
+def reward_unit(ppo: Stage) -> str:
+    """SD of a reward model's scores, which are normalised; what a function gives is as it is."""
+    paid_by = ppo.flags.get("reward") or ppo.flags.get("env") or ""
+    return "units of the reward" if ".py:" in paid_by else SD
+
+
 def tiles(stages: dict[str, Stage]) -> str:
     """The headline numbers, each with its unit, standard error where known, and yardstick."""
-    out = ""
+    out, in_sd = "", reward_unit(stages["ppo"]) == SD
     for name, key, spec, unit, note in TILES:
+        unit = unit if in_sd else unit.removeprefix("sd of ")
         summary = stages[name].summary
         if summary.get(key) is not None:
             texts = {k: number(v, "," if isinstance(v, int) else ".3g")
@@ -159,8 +167,9 @@ def write_report(run: Path) -> Path:
         raise UserError(f"{run} holds no stage to report: looked for {', '.join(STAGES)} with a "
                         "summary.json or metrics.jsonl; give the folder above them, or train first")
     sections = dict.fromkeys((heading for _, heading in STAGES.values()), "")
-    named = policies(run)
+    named, unit = policies(run), reward_unit(stages["ppo"])
     for name, *spec in FIGURES:
+        spec = [x.replace(SD, unit) if isinstance(x, str) else x for x in spec]
         seen = {**stages[name].summary, "others": [x for x in named if x[0] != "ppo"]}
         sections[STAGES[name][1]] += fig.draw(run / "figures", seen, stages[name].rows, *spec)
     sections[STAGES["reward"][1]] += agreement(stages["reward"].summary)
@@ -179,6 +188,7 @@ def page(run: Path, stages: dict[str, Stage], latent: dict[str, Stage], wall_sec
     known = {k: str(v) for s in (latent | stages).values() for k, v in s.summary.items()}
     about = [str(run), *(known[key] for key in ("date", "machine") if key in known),
              f"{duration(wall_seconds)} in all"]
+    unit = reward_unit(stages["ppo"])
     begun = any(stage.summary or stage.rows for stage in stages.values())
     absent = ", ".join(name for name, stage in stages.items() if begun and not stage.summary)
     note = f"<p><b>Not finished, no summary yet: {absent}.</b></p>" if absent else ""
@@ -190,8 +200,8 @@ def page(run: Path, stages: dict[str, Stage], latent: dict[str, Stage], wall_sec
 </head><body><h1>From human ratings to a KL-penalised policy</h1>
 <small>{escape(" · ".join(about))}</small>{note}
 {tiles(stages)}
-<small>± and bars: one standard error. A nat is 1.44 bits. Rewards are in standard deviations (sd)
-of the reference's own scores.</small>
+<small>± and bars: one standard error. A nat is 1.44 bits. Rewards are in {unit};
+sd: standard deviation.</small>
 {body}{samples(run / "ppo" / "samples.jsonl")}
 <h2>How to reproduce</h2><p>Each stage with all its flags.</p><pre>{escape(commands)}</pre>
 </body></html>

@@ -440,3 +440,17 @@ def test_proxy_and_gold_are_drawn_where_there_is_a_gold(tmp_path):
     (tmp_path / "ppo" / "metrics.jsonl").write_text(rows, encoding="utf-8")
     assert "Proxy and gold" in write_report(tmp_path).read_text("utf-8")
     assert (tmp_path / "figures" / "overoptimisation.png").exists()
+
+
+@pytest.mark.parametrize("paid_by, in_sd", [
+    ({}, True), ({"reward": "runs/reward"}, True), ({"reward": "x.py:right"}, False),
+    ({"env": "x.py:sums"}, False), ({"env": "x.py:chat", "reward": "runs/reward"}, True),
+])  # fmt: skip
+def test_only_a_reward_model_counts_in_sd(tmp_path, paid_by, in_sd):
+    run = fake(tmp_path, "ppo")
+    flags = json.loads((run / "ppo" / "flags.json").read_text())
+    (run / "ppo" / "flags.json").write_text(json.dumps(flags | paid_by))
+    text = " ".join(Page(write_report(run).read_text("utf-8")).text.split())
+    assert ("Rewards are in sd of the reference's scores" in text) == in_sd
+    assert ("sd of reward" in text) == ("sd of objective" in text) == in_sd
+    assert ("Rewards are in units of the reward" in text) == (not in_sd)
