@@ -148,7 +148,7 @@ SUMS_rloo := --method rloo --group 4
 SUMS_grpo := --method grpo --group 4
 SUMS_free := --beta 0
 train_sums = $(PY) train_rlhf.py ppo --data $(SUMS) --policy $(RUN)/sums/sft --reward nanokl/dialogue.py:right --out $(RUN)/sums/$(1) $(SUMS_PPO) $(call go_on,sums/$(1))
-sums: $(RUN)/sums/ppo/summary.json $(foreach m,rloo grpo free,$(RUN)/sums/ppo-$(m)/summary.json) ## 16+  a checkable reward: sums, by PPO, RLOO, GRPO, and PPO without a price of KL
+sums: $(RUN)/sums/ppo/summary.json $(foreach m,rloo grpo free,$(RUN)/sums/ppo-$(m)/summary.json) ## 33   a checkable reward: sums, by PPO, RLOO, GRPO, and PPO without a price of KL
 	$(PY) -m nanokl report $(RUN)/sums
 $(SUMS)/conversations.jsonl: data/arithmetic/prepare.py | $(VENV)
 	$(PY) data/arithmetic/prepare.py
