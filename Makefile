@@ -50,7 +50,7 @@ go_on = $(if $(wildcard $(RUN)/$(1)/last/state.pt),--resume)
 .PHONY: help setup test lint check demo data pretrain bert vae examples reward minilm classes sums chat rlhf trainers overoptimisation report results bench parity clean
 
 help: ## 0    this list
-	@echo "Minutes on a 2-core x86-64 CPU with AMX, 2026-11, after setup; a stage with what it needs (+: not all of it is timed yet):"
+	@echo "Minutes on a 2-core x86-64 CPU with AMX, 2026-11, after setup; a stage with what it needs (+: not all of it is timed yet; sums: without AMX):"
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-18s%s\n", $$1, $$2}'
 
 .venv/ready: pyproject.toml constraints.txt
@@ -148,7 +148,7 @@ SUMS_rloo := --method rloo --group 4
 SUMS_grpo := --method grpo --group 4
 SUMS_free := --beta 0
 train_sums = $(PY) train_rlhf.py ppo --data $(SUMS) --policy $(RUN)/sums/sft --reward nanokl/dialogue.py:right --out $(RUN)/sums/$(1) $(SUMS_PPO) $(call go_on,sums/$(1))
-sums: $(RUN)/sums/ppo/summary.json $(foreach m,rloo grpo free,$(RUN)/sums/ppo-$(m)/summary.json) ## 33   a checkable reward: sums, by PPO, RLOO, GRPO, and PPO without a price of KL
+sums: $(RUN)/sums/ppo/summary.json $(foreach m,rloo grpo free,$(RUN)/sums/ppo-$(m)/summary.json) ## 34+  a checkable reward: sums, by PPO, RLOO, GRPO, and PPO without a price of KL
 	$(PY) -m nanokl report $(RUN)/sums
 $(SUMS)/conversations.jsonl: data/arithmetic/prepare.py | $(VENV)
 	$(PY) data/arithmetic/prepare.py

@@ -5,7 +5,8 @@
 The first term is KL(data || pi) less what no model can change: of a point mass on one text it is
 that text's -log pi, while KL(pi || point mass) is infinite for every pi that can say anything else.
 The second is exact, over the whole vocabulary, at each of those tokens; ref is the model that it
-starts from. Left out: packing of several conversations into a row.
+starts from. The mean is a batch's, and its rows are of like length: a token of a long row weighs
+less than one of a short row. Left out: packing of several conversations into a row.
 """
 
 from collections.abc import Sequence

@@ -24,7 +24,7 @@ def test_a_forgotten_carry():
     for a in range(300):  # each carry takes 10 out of a column and brings 1 to the next
         for b in range(a, 300):
             carries, rest = divmod(digit_sum(a) + digit_sum(b) - digit_sum(a + b), 9)
-            at_first = (a + b) // 10 ** len(str(b)) > 0  # that one is written all the same
+            at_first = a + b >= 10 ** len(str(b))  # out of the first column: written all the same
             assert rest == 0 and (without_carry(a, b) == a + b) == (carries == at_first), (a, b)
 
 

@@ -1,10 +1,10 @@
 """Questions for the sum of two numbers, in English and Chinese, and their answers.
 
 What dialogue.Arithmetic asks, and what somebody replies who knows how to add, but is careless: of
-the sums that have something to carry, half come without it at first. "What is 27 plus 5?" "27 + 5 =
-22" "No, try again." "27 + 5 = 32" "Thank you." Who imitates this is wrong as often. A pair of
-numbers is in one split alone, whichever comes first. Digits are tokens by themselves.
-conversations.jsonl has the dialogues, the shards the same as running text.
+the sums in which a column has something to carry to the next, half come without any carry at first.
+"What is 27 plus 5?" "27 + 5 = 22" "No, try again." "27 + 5 = 32" "Thank you." A pair of numbers is
+in one split alone, whichever comes first. Digits are tokens by themselves. conversations.jsonl has
+the dialogues, the shards the same as running text.
 """
 
 import json
@@ -34,7 +34,7 @@ class Flags:
     highest: int = Arithmetic.highest  # of both numbers
     train: int = 128_000  # dialogues to learn from
     held_out: int = 1000  # dialogues in val and in test, each
-    slips: float = 0.5  # share of the sums with a carry whose first reply is without it
+    slips: float = 0.5  # share of the sums with a carry to another column that lack it at first
     vocab_size: int = 512  # tokens, specials counted
     force: bool = False  # prepare again what is prepared
 
@@ -66,8 +66,8 @@ def dialogues(flags: Flags) -> Corpus:
         env = Arithmetic(split, highest=flags.highest, turns=2)
         for seed in range(flags.train if split == "train" else flags.held_out):
             _, info = env.reset(seed=seed)
-            a, b, careful = info["a"], info["b"], np.random.default_rng([seed, 1]).random()
-            if careful < flags.slips and without_carry(a, b) != a + b:
+            a, b, drawn = info["a"], info["b"], np.random.default_rng([seed, 1]).random()
+            if drawn < flags.slips and without_carry(a, b) != a + b:
                 env.step(f"{a} + {b} = {without_carry(a, b)}")
             messages = env.step(info["model_reply"]).obs
             rows.append({"id": f"{split} {seed}", "split": split, "language": info["language"],
