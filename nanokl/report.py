@@ -56,8 +56,8 @@ TILES = [
 # The reward model beside people: metric, yardstick, its name.
 AGREEMENT = {"Pair accuracy": ("pair_accuracy", "human_ceiling", "human ceiling"),
              "Pearson r": ("pearson_r", "human_r", "one human")}
+SD = "sd of the reference's scores"  # unit of a reward model's scores; a function has its own
 # Figures: stage, file, title, y axis, caption, painter and what to paint.
-SD = "sd of the reference's scores"  # a reward model's unit; a function's has its own
 FIGURES = [
     ("gpt", "gpt_loss", "GPT loss", "nats per token",
      "Validation is a full pass over a pinned slice. The first, steep steps may leave the frame.",

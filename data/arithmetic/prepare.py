@@ -66,9 +66,9 @@ def dialogues(flags: Flags) -> Corpus:
         env = Arithmetic(split, highest=flags.highest, turns=2)
         for seed in range(flags.train if split == "train" else flags.held_out):
             _, info = env.reset(seed=seed)
-            a, b, drawn = info["a"], info["b"], np.random.default_rng([seed, 1]).random()
-            if drawn < flags.slips and without_carry(a, b) != a + b:
-                env.step(f"{a} + {b} = {without_carry(a, b)}")
+            a, b, slip = info["a"], info["b"], without_carry(info["a"], info["b"])
+            if slip != a + b and np.random.default_rng([seed, 1]).random() < flags.slips:
+                env.step(f"{a} + {b} = {slip}")
             messages = env.step(info["model_reply"]).obs
             rows.append({"id": f"{split} {seed}", "split": split, "language": info["language"],
                          "messages": messages})
