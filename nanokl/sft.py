@@ -1,12 +1,14 @@
 """Supervised fine-tuning on conversations: what the assistant says is learnt, the rest is read.
 
-    loss = mean over the assistant's tokens of  -log pi(y_t | y_<t) + kl_coef KL(pi || ref)(y_<t)
+    loss = 1 / (B n)  sum over the assistant's tokens in B rows of
+               -log pi(y_t | y_<t) + kl_coef KL(pi || ref)(y_<t)
 
 The first term is KL(data || pi) less what no model can change: of a point mass on one text it is
 that text's -log pi, while KL(pi || point mass) is infinite for every pi that can say anything else.
 The second is exact, over the whole vocabulary, at each of those tokens; ref is the model that it
-starts from. The mean is a batch's, and its rows are of like length: a token of a long row weighs
-less than one of a short row. Left out: packing of several conversations into a row.
+starts from. n is what the assistant says in a row, a mean over all training rows: the rows of a
+batch are of like length, and divided by their own number of tokens those of long rows would weigh
+less than those of short ones. Left out: packing of several conversations into a row.
 """
 
 from collections.abc import Sequence
@@ -135,6 +137,7 @@ class SFTTask:
             raise UserError(f"{flags.data} has no reply of an assistant in {', '.join(empty)}: "
                             "give more conversations")
         self.lengths = torch.tensor([len(ids) for ids, _ in self.rows["train"]])
+        self.n_mean = sum(sum(mine) for _, mine in self.rows["train"]) / len(self.lengths)
 
     def _measure(self, model, head: Tensor, rows: Sequence[Row]):
         """idx (B, T), mask (B, T-1), hidden states, and log-probs of replies, with KL if asked."""
@@ -148,15 +151,14 @@ class SFTTask:
         return idx, mask, h, linear_logprob(h, head, idx[:, 1:], mask=mask, ref=ref)
 
     def loss(self, model, step: int) -> Tensor:
-        """Nats a token of all processes' replies."""
+        """The formula above; a mean over processes and an epoch's steps is nats a reply token."""
         flags = self.flags
         mine = which_rows(self.lengths, step, batch_size=flags.batch_size, seed=flags.seed)
         rows = [self.rows["train"][i] for i in mine.tolist()]
-        total = sum(sum(said) for _, said in rows)
         with self.runtime.autocast():
             *_, out = self._measure(model, self.core.head.weight, self.runtime.shard(rows))
         nats = -out.logp.sum() if self.ref is None else (flags.kl_coef * out.kl - out.logp).sum()
-        return nats * self.runtime.world / total
+        return nats * self.runtime.world / (flags.batch_size * self.n_mean)
 
     @torch.no_grad()
     def _report(self, model: GPT, split: str) -> dict:

@@ -129,7 +129,8 @@ def test_loss_by_full_logits(folder, kl_coef):
     ref = GPT.from_pretrained(folder / "gpt").double()
     model = GPT(task.core.config).double()
     model.load_state_dict(task.core.state_dict())
-    total, n = 0.0, 0
+    n = sum(sum(mine) for _, mine in task.rows["train"]) / len(task.rows["train"])
+    total = 0.0
     for i in which_rows(task.lengths, 0, batch_size=4, seed=0).tolist():
         ids, mine = task.rows["train"][i]
         logp, logp_ref = ((m.head(m(torch.tensor([ids]))[0])).log_softmax(-1)
@@ -137,8 +138,8 @@ def test_loss_by_full_logits(folder, kl_coef):
         for t in range(len(ids) - 1):
             if mine[t + 1]:
                 kl = (logp[t].exp() * (logp[t] - logp_ref[t])).sum()
-                total, n = total - logp[t, ids[t + 1]] + kl_coef * kl, n + 1
-    torch.testing.assert_close(loss.double(), total / n, atol=1e-4, rtol=1e-4)
+                total = total - logp[t, ids[t + 1]] + kl_coef * kl
+    torch.testing.assert_close(loss.double(), total / (4 * n), atol=1e-4, rtol=1e-4)
     loss.backward()  # users' words are read, not learnt: no gradient but through the assistant's
     assert all(p.grad is not None for p in task.core.parameters() if p.requires_grad)
     other = GPT.from_pretrained(folder / "gpt")  # what is validated is an average, not the core
@@ -147,6 +148,25 @@ def test_loss_by_full_logits(folder, kl_coef):
     assert task.validate(other) == report
     assert ("kl_nats_per_reply_token" in report) == (kl_coef > 0)
     assert 0 <= report["reply_token_accuracy"] <= 1 and report["nats_per_reply_token"] > 0
+
+
+def test_long_rows_weigh_as_much(folder):
+    """Rows of unlike length: the gradient of an epoch's steps is that of a mean over all tokens.
+
+    A bucket is an epoch: 16 rows in batches of one, each of its own length.
+    """
+    rows = [{"split": split, "messages": talk("what is 7?", "7 " * k).messages}
+            for split in ("train", "val", "test") for k in range(1, 17)]
+    (folder / "data" / "conversations.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = SFTTask(Flags(data=folder / "data", init=folder / "gpt", batch_size=1), CPU)
+    assert len(set(task.lengths.tolist())) == BUCKET
+    (sum(task.loss(task.core, step) for step in range(BUCKET)) / BUCKET).backward()
+    idx, mask = pack(task.rows["train"], END)
+    model = GPT.from_pretrained(folder / "gpt")
+    logp = model.logits(model(idx[:, :-1])).log_softmax(-1)
+    (-logp.gather(2, idx[:, 1:, None])[..., 0][mask].mean()).backward()
+    for p, q in zip(task.core.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-5, rtol=1e-3)
 
 
 def test_word_for_word(folder):
