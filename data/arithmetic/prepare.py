@@ -1,7 +1,7 @@
 """Questions for the sum of two numbers, in English and Chinese, and their answers.
 
 What dialogue.Arithmetic asks, and what somebody replies who knows how to add, but is careless: of
-the sums in which a column has something to carry to the next, half come without any carry at first.
+the sums in which a column has something to carry to the next, 35 in 100 come without it at first.
 "What is 27 plus 5?" "27 + 5 = 22" "No, try again." "27 + 5 = 32" "Thank you." A pair of numbers is
 in one split alone, whichever comes first. Digits are tokens by themselves. conversations.jsonl has
 the dialogues, the shards the same as running text.
@@ -34,7 +34,7 @@ class Flags:
     highest: int = Arithmetic.highest  # of both numbers
     train: int = 128_000  # dialogues to learn from
     held_out: int = 1000  # dialogues in val and in test, each
-    slips: float = 0.5  # share of the sums with a carry to another column that lack it at first
+    slips: float = 0.35  # share of the sums with a carry to another column that lack it at first
     vocab_size: int = 512  # tokens, specials counted
     force: bool = False  # prepare again what is prepared
 
