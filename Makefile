@@ -162,11 +162,11 @@ $(RUN)/sums/ppo-%/summary.json: | $(RUN)/sums/sft/summary.json
 
 # open chat: what people said to each other, what they thought of it, and a policy paid by that
 CHAT := data/chat
-CHAT_GPT := $(if $(filter tiny,$(BUDGET)),$(GPT_tiny),--steps 800 --batch_size 32 --eval_every 200)
-CHAT_BERT := $(if $(filter tiny,$(BUDGET)),$(BERT_tiny),--steps 800 --batch_size 32 --eval_every 400)
-CHAT_SFT := $(if $(filter tiny,$(BUDGET)),--steps 6 --eval_every 3,--steps 400 --lr 5e-4 --muon_lr 5e-4)
+CHAT_GPT := $(if $(filter tiny,$(BUDGET)),$(GPT_tiny),--steps 600 --batch_size 32 --eval_every 200)
+CHAT_BERT := $(if $(filter tiny,$(BUDGET)),$(BERT_tiny),--steps 600 --batch_size 32 --eval_every 300)
+CHAT_SFT := $(if $(filter tiny,$(BUDGET)),--steps 6 --eval_every 3,--steps 250 --lr 5e-4 --muon_lr 5e-4)
 CHAT_REWARD := $(if $(filter tiny,$(BUDGET)),$(REWARD_tiny),--steps 300)
-CHAT_PPO := $(if $(filter tiny,$(BUDGET)),$(PPO_tiny),--steps 60 --posterior_prompts 8)
+CHAT_PPO := $(if $(filter tiny,$(BUDGET)),$(PPO_tiny),--posterior_prompts 8)
 chat: $(RUN)/chat/ppo/summary.json ## 25+  open chat: GPT, encoder, fine-tuning, reward model of ratings, PPO in dialogues
 	$(PY) -m nanokl report $(RUN)/chat
 $(CHAT)/meta.json: data/chat/prepare.py | $(VENV)
