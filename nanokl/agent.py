@@ -81,19 +81,19 @@ class Talk:
         self.ids, self.n_prompt, self.stopped = list(opening), len(opening), False
         self.steps = [(False, 0.0, 0.0)] * (len(opening) - 1)  # mask, logp, paid
 
-    def reply(self, ids: list[int], logp: list[float], stopped: bool) -> bool:
-        """What the model says, and the user's answer; whether the model is to speak again.
+    def reply(self, ids: list[int], logp: list[float], stopped: bool, reward: float,
+              line: str | None) -> bool:
+        """What the model says, and what it hears; whether it is to speak again.
 
         A user's line of more than max_prompt tokens ends the dialogue, for which there is no room.
         """
-        stop = self.tokenizer.special("<|endoftext|>")
-        reward, line = self._step(self.tokenizer.decode([i for i in ids if i != stop]).strip())
         self.ids, self.stopped = self.ids + ids, stopped
         self.steps += [(True, x, 0.0) for x in logp]
         self.steps[-1] = (True, logp[-1], reward)
         if line is None:
             return False
-        answer = [*([] if stopped else [stop]), *encode_turn(self.tokenizer, "user", line),
+        end = self.tokenizer.special("<|endoftext|>")
+        answer = [*([] if stopped else [end]), *encode_turn(self.tokenizer, "user", line),
                   self.tokenizer.special(TURNS["assistant"])]
         if len(answer) > self.config.max_prompt:
             return False
@@ -101,21 +101,35 @@ class Talk:
         self.steps += [(False, 0.0, 0.0)] * len(answer)
         return True
 
-    def _step(self, reply: str) -> tuple[float, str | None]:
-        """The reward, and what the user says next; UserError for a step that breaks its word."""
-        try:
-            obs, reward, terminated, truncated, _ = self.env.step(reply)
-            reward, last = float(reward), None if terminated or truncated else obs[-1]
-            said = last and (last["role"], str(last["content"]))
-        except UserError:
-            raise
-        except Exception as e:  # whatever the user's own code raises
-            reason = one_line(e)
-            raise UserError(f"{_name(self.env)}.step fails ({reason}): mend it") from e
-        if not math.isfinite(reward) or (said and said[0] != "user"):
-            raise UserError(f"{_name(self.env)}.step gives the reward {reward} and last message "
-                            f"{last}: give a finite number, and end on what the user says")
-        return reward, said and said[1]
+
+def hear(talks: Sequence[Talk], replies: Sequence[list[int]]) -> list[tuple[float, str | None]]:
+    """The reward of each talk's reply (token ids), and what its user says next, if anything.
+
+    An environment's class may have `steps(envs, actions)`, `step` of many of its dialogues at once.
+    UserError for steps that break their word.
+    """
+    env, end = talks[0].env, talks[0].tokenizer.special("<|endoftext|>")
+    said = [talk.tokenizer.decode([i for i in ids if i != end]).strip()
+            for talk, ids in zip(talks, replies, strict=True)]
+    try:
+        if hasattr(type(env), "steps"):
+            steps = type(env).steps([talk.env for talk in talks], said)
+        else:
+            steps = [talk.env.step(reply) for talk, reply in zip(talks, said, strict=True)]
+        heard = []
+        for obs, reward, terminated, truncated, _ in steps:
+            last = None if terminated or truncated else obs[-1]
+            heard.append((float(reward), last and last["role"], last and str(last["content"])))
+    except UserError:
+        raise
+    except Exception as e:  # whatever the user's own code raises
+        reason = one_line(e)
+        raise UserError(f"{_name(env)}.step fails ({reason}): mend it") from e
+    for reward, role, _ in heard:
+        if not math.isfinite(reward) or role not in (None, "user"):
+            raise UserError(f"{_name(env)}.step gives the reward {reward} and a last message of "
+                            f"{role!r}: give a finite number, and end on what the user says")
+    return [(reward, line) for reward, _, line in heard]
 
 
 def _name(env) -> str:
@@ -139,8 +153,10 @@ def play(model: GPT, opened: Sequence[Opening], config: PPOConfig, runtime, toke
                             temperature=config.temperature,
                             stop=tokenizer.special("<|endoftext|>"))
         logp = [row[mask].tolist() for row, mask in zip(said.logp, said.mask, strict=True)]
-        replies = zip(going, said.responses(), logp, said.stopped.tolist(), strict=True)
-        going = [i for i, *reply in replies if talks[i].reply(*reply)]
+        heard = hear([talks[i] for i in going], said.responses())
+        replies = zip(going, said.responses(), logp, said.stopped.tolist(), heard, strict=True)
+        going = [i for i, *reply, (reward, line) in replies
+                 if talks[i].reply(*reply, reward, line)]
         if not going:
             break
     return gather(_pack(talks, model.head.weight.device), config, runtime)

@@ -6,14 +6,14 @@ answers follows from the seed and the agent's words, so that a dialogue is a tex
 the posterior of RLHF is defined for it (with chance in between, its formula would be optimistic).
 `terminated`: the user has what it wanted, or no more to say; `truncated`: it would have gone on.
 `train_rlhf.py ppo --env nanokl/dialogue.py:arithmetic` trains in one: a function like `arithmetic`
-and `open_chat` here makes it. Left out: rendering, vector environments, spaces.
+and `open_chat` here makes it. Left out: rendering, spaces.
 """
 
 import copy
 import json
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -161,6 +161,8 @@ class OpenChat:
     turns: int = 2  # replies, at most
     messages: list[Message] = field(default_factory=list, repr=False)
     lines: list[str] = field(default_factory=list, repr=False)  # what the user has yet to say
+    worth: float | None = field(default=None, repr=False)  # score of the talk so far, once asked
+    replies: int = field(default=0, repr=False)
 
     def __post_init__(self):
         self.talks = [talk for talk in self.talks if talk.messages[0]["role"] == "user"]
@@ -177,28 +179,38 @@ class OpenChat:
         talk = self.talks[number]
         self.lines = [m["content"] for m in talk.messages if m["role"] == "user"]
         self.messages = [_say("user", self.lines[0])]
-        self.lines, self.replies = self.lines[1:], 0
+        self.lines, self.worth, self.replies = self.lines[1:], None, 0
         return tuple(self.messages), {"id": talk.id}
 
     def __deepcopy__(self, memo) -> "OpenChat":
         return copy.copy(self)  # the talks are large, and nothing changes them
 
-    def _score(self) -> float:
-        return float(self.score([spell(self.messages)])[0])
-
     def step(self, action: str) -> Step:
         """The user's next line, which the reply has no influence on."""
-        if not self.messages or self.messages[-1]["role"] != "user":
+        return self.steps([self], [action])[0]
+
+    @staticmethod
+    def steps(envs: "Sequence[OpenChat]", actions: Sequence[str]) -> list[Step]:
+        """`step` of many dialogues at once, whose texts are scored together."""
+        if not all(env.messages and env.messages[-1]["role"] == "user" for env in envs):
             raise UserError("this dialogue has not begun, or is over: call reset")
-        before = self.worth if self.replies else self._score()
-        self.messages = [*self.messages, _say("assistant", action)]  # obs of before stay
-        self.worth, self.replies = self._score(), self.replies + 1
+        begun = [env for env in envs if env.worth is None]
+        texts = [spell(env.messages) for env in begun]
+        for env, action in zip(envs, actions, strict=True):
+            env.messages = [*env.messages, _say("assistant", action)]  # obs of before stay
+        scores = [float(x) for x in envs[0].score(texts + [spell(env.messages) for env in envs])]
+        for env, worth in zip(begun, scores, strict=False):
+            env.worth = worth
+        return [env._hear(worth) for env, worth in zip(envs, scores[len(begun) :], strict=True)]
+
+    def _hear(self, worth: float) -> Step:
+        reward, self.worth, self.replies = worth - self.worth, worth, self.replies + 1
         terminated = not self.lines
         truncated = not terminated and self.replies >= self.turns
         if not terminated and not truncated:
             self.messages.append(_say("user", self.lines[0]))
             self.lines = self.lines[1:]
-        return Step(tuple(self.messages), self.worth - before, terminated, truncated, {})
+        return Step(tuple(self.messages), reward, terminated, truncated, {})
 
 
 def _say(role: str, content: str) -> Message:

@@ -11,7 +11,7 @@ import torch
 from test_transformer import randomise
 
 from nanokl import UserError, chat, ppo
-from nanokl.agent import Agent, Talk, _pack, openings, play
+from nanokl.agent import Agent, Talk, _pack, hear, openings, play
 from nanokl.chat import CHAT_SPECIALS, encode_turn
 from nanokl.dialogue import Arithmetic, OpenChat, Step
 from nanokl.generate import generate
@@ -90,14 +90,18 @@ def test_a_dialogue_is_the_same_in_any_company_and_on_any_rank():
         assert torch.equal(mine.paid, whole.paid[rank::2])
 
 
+def reply(talk, ids, stopped):
+    """Of one dialogue by itself; whether it goes on."""
+    return talk.reply(ids, [0.0] * len(ids), stopped, *hear([talk], [ids])[0])
+
+
 def test_a_line_too_long_for_the_context_ends_a_dialogue():
     opened = openings(Arithmetic("train", languages=("en",), turns=3), TOKENIZER, 1)
     answer = [STOP, *encode_turn(TOKENIZER, "user", "No, try again."), ASSISTANT]
     for room, goes_on in ((len(answer), True), (len(answer) - 1, False)):
         config = ppo.PPOConfig(max_prompt=room, env="x", turns=3)
         talk = Talk(opened[0], config, TOKENIZER)
-        assert talk.reply(TOKENIZER.encode(" x"), [-1.0] * len(TOKENIZER.encode(" x")),
-                          False) == goes_on
+        assert reply(talk, TOKENIZER.encode(" x"), False) == goes_on
         assert (talk.ids[-len(answer) :] == answer) == goes_on
 
 
@@ -203,7 +207,7 @@ def all_dialogues(config):
         longer = []
         for said in (before + [reply] for before in going for reply in replies):
             talk = Talk(opening, config, letters)
-            goes_on = [talk.reply(r, [0.0] * len(r), r[-1] == 0) for r in said][-1]
+            goes_on = [reply(talk, r, r[-1] == 0) for r in said][-1]
             if goes_on and turn + 1 < config.turns:
                 longer.append(said)
             else:
@@ -284,6 +288,19 @@ def open_chat(turns):
              chat.Conversation("y", "train", say("one", "1", "two", "2", "three"), {}),
              chat.Conversation("z", "train", [{"role": "assistant", "content": "so"}], {})]
     return OpenChat(talks, lambda texts: [float(len(t)) for t in texts], turns)
+
+
+def test_open_chat_asks_for_the_scores_of_many_dialogues_at_once():
+    """And the same comes of it as one by one."""
+    asked, lines = [], open_chat(turns=2)
+    lines.score = lambda texts: (asked.append(len(texts)), [float(len(t)) for t in texts])[1]
+    opened = openings(lines, TOKENIZER, 6)
+    rollout = play(gpt(), opened, CONFIG, CPU, TOKENIZER, u=uniform(6))
+    assert asked == [12, 6]  # first lines and first replies, second replies
+    for i, (opening, row) in enumerate(zip(opened, rollout.paid, strict=True)):
+        alone = play(gpt(), [opening], CONFIG, CPU, TOKENIZER, u=uniform(6)[i : i + 1])
+        assert alone.rows() == [rollout.rows()[i]]
+        assert alone.paid[alone.paid != 0].tolist() == row[row != 0].tolist()
 
 
 def test_open_chat_says_its_lines_and_pays_what_a_reply_adds():
