@@ -232,6 +232,8 @@ class VAETask:
         nll = -linear_logprob(h, core.head.weight, idx[:, 1:], mask=mask[:, 1:]).logp.sum(1)
         loss, _ = vae.negative_elbo(nll, vae.gaussian_kl(mu, logvar), weight=weight, mean=r.mean,
                                     free_bits=self.flags.free_bits)
+        # Nats a token of this batch, whose texts are of like length: those of a batch of long texts
+        # weigh less than short ones. A plain model without z is trained by the same weights.
         return loss * (len(batch[0]) / batch[1][:, 1:].sum())
 
     def evaluate(self, core) -> dict:

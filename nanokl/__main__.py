@@ -31,6 +31,7 @@ from nanokl.gpt import GPT
 from nanokl.hf_tokenizer import load_tokenizer
 from nanokl.report import write_report
 from nanokl.reward import RewardModel
+from nanokl.stream import visible
 from nanokl.vae import VAE, Given
 
 
@@ -66,7 +67,7 @@ class Sample:
                            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
                            rng=rng)
         for row in rollout.rows():
-            print(tokenizer.decode([i for i in row if i != stop]))
+            print(visible(tokenizer.decode([i for i in row if i != stop])))
 
 
 @dataclass
@@ -89,7 +90,7 @@ class Interpolate:
         z = latent.between(vae, tokenizer, self.first, self.last, self.steps)
         for text in latent.say(vae, tokenizer, z, temperature=self.temperature, seed=self.seed,
                                max_new_tokens=self.max_new_tokens):
-            print(text)
+            print(visible(text))
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nanokl import UserError, checkpoint, one_line
-from nanokl.chat import TURNS, encode_turn, prompt, require_turns
+from nanokl.chat import TURNS, encode_turn, prompt, reply_text, require_turns
 from nanokl.dialogue import Message
 from nanokl.generate import generate
 from nanokl.gpt import GPT
@@ -50,7 +50,7 @@ class Agent:
         stop = self.tokenizer.special("<|endoftext|>")
         reply = generate(self.model, [ids], self.max_new_tokens, temperature=self.temperature,
                          stop=stop, rng=self.rng).responses()[0]
-        return self.tokenizer.decode([i for i in reply if i != stop]).strip()
+        return reply_text(self.tokenizer, reply)
 
 
 class Opening(list):
@@ -108,9 +108,8 @@ def hear(talks: Sequence[Talk], replies: Sequence[list[int]]) -> list[tuple[floa
     An environment's class may have `steps(envs, actions)`, `step` of many of its dialogues at once.
     UserError for steps that break their word.
     """
-    env, end = talks[0].env, talks[0].tokenizer.special("<|endoftext|>")
-    said = [talk.tokenizer.decode([i for i in ids if i != end]).strip()
-            for talk, ids in zip(talks, replies, strict=True)]
+    env, tokenizer = talks[0].env, talks[0].tokenizer
+    said = [reply_text(tokenizer, ids) for ids in replies]
     try:
         if hasattr(type(env), "steps"):
             steps = type(env).steps([talk.env for talk in talks], said)

@@ -13,6 +13,7 @@ import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from nanokl import UserError
@@ -49,6 +50,13 @@ def encode_turn(tokenizer: Tokenizer, role: str, content: str) -> list[int]:
 def spell(messages: Sequence[dict]) -> str:
     """A conversation as one text, as its ids are decoded: what reward models read."""
     return "".join(f"{TURNS[m['role']]} {m['content'].strip()}" for m in messages)
+
+
+def reply_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """What a reply says: up to its end, or to a token that would begin somebody else's turn."""
+    ends = {tokenizer.special(token) for token in ("<|endoftext|>", *TURNS.values())
+            if token in tokenizer.specials}
+    return tokenizer.decode(list(takewhile(lambda i: i not in ends, ids))).strip()
 
 
 def encode(tokenizer: Tokenizer, messages: Sequence[dict]) -> tuple[list[int], list[bool]]:
@@ -117,10 +125,12 @@ def load_conversations(folder: Path, split: str | None) -> list[Conversation]:
                 raise ValueError(ratings)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             raise UserError(f"{path} line {number} is no conversation: give {{\"messages\": "
-                            "[{\"role\": \"user\" or \"assistant\", \"content\": text}, ...]}"
+                            "[{\"role\": \"user\" or \"assistant\", \"content\": text}, ...]}, and"
+                            " numbers in \"ratings\" if it has them: {name: [number, ...]}"
                             ) from None
         if split in (None, its_split):
             found.append(Conversation(str(row.get("id", number)), its_split, messages, ratings))
     if not found:
-        raise UserError(f"{path} has no conversation in the split {split}: prepare it again")
+        where = f" in the split {split}: prepare it again" if split else ": give one a line"
+        raise UserError(f"{path} has no conversation{where}")
     return found

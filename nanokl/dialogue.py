@@ -76,16 +76,18 @@ def last_number(text: str) -> int | None:
 def right(ids: list[list[int]], texts: list[str]) -> list[float]:
     """A reward function: 1 where a reply ends on the sum of the two numbers in the question.
 
-    What follows the last <|assistant|> is the reply, the two numbers before it the question's; a
-    reply that brings an <|assistant|> of its own, to ask itself something easier, gets 0. Each
-    reply before the last has its end in the ids, and the text its start.
+    What follows the last <|assistant|> is the reply; the question is the last thing before it that
+    the user says with two numbers. A reply that brings an <|assistant|> of its own, to ask itself
+    something easier, gets 0: each reply before the last has its end in the ids, and the text its
+    start.
     """
     scores = []
     for row, text in zip(ids, texts, strict=True):
-        question, _, reply = text.rpartition("<|assistant|>")
-        asked, turns = numbers(question)[-2:], row[:-1].count(row[0]) if row else 0
-        fair = text.count("<|assistant|>") <= turns and len(asked) == 2 and None not in asked
-        scores.append(float(fair and last_number(reply) == sum(asked)))
+        before, _, reply = text.rpartition("<|assistant|>")
+        lines = [numbers(x.partition("<|assistant|>")[0]) for x in before.split("<|user|>")[1:]]
+        asked = next((x[-2:] for x in reversed(lines) if len(x) > 1), [None])
+        fair = text.count("<|assistant|>") <= (row[:-1].count(row[0]) if row else 0)
+        scores.append(float(fair and None not in asked and last_number(reply) == sum(asked)))
     return scores
 
 
@@ -120,14 +122,14 @@ class Arithmetic:
         while split_of(a, b) != self.split:
             a, b = (int(x) for x in rng.integers(self.highest + 1, size=2))
         a, b = given.get("a", a), given.get("b", b)
-        if not all(isinstance(x, int) and x >= 0 for x in (a, b)):
+        if not all(type(x) is int and x >= 0 for x in (a, b)):
             raise UserError(f"a is {a!r} and b {b!r}: give whole numbers from 0 on")
         language = given.get("language", self.languages[int(rng.integers(len(self.languages)))])
-        if language not in WORDS:
+        if language not in tuple(WORDS):
             raise UserError(f"language is {language!r}: give one of {', '.join(WORDS)}")
         self.words = WORDS[language]
         question = given.get("question", int(rng.integers(len(self.words.questions))))
-        if question not in range(len(self.words.questions)):
+        if type(question) is not int or question not in range(len(self.words.questions)):
             raise UserError(f"question is {question!r}: give 0 to {len(self.words.questions) - 1}")
         self.messages = [_say("user", self.words.questions[question].format(a=a, b=b))]
         self.wanted = a + b

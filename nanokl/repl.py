@@ -211,7 +211,7 @@ class Repl:
             show = self._stream if name in STREAMED else self._choose
             ids, numbers = show(name, prompt)
             self.say(f"\n{'':{INDENT}}{numbers}\n" if numbers else "\n")
-        return self.tokenizer.decode([i for i in ids if i != self.answers.stop])
+        return chat.reply_text(self.tokenizer, ids)
 
     def _head(self, name: str) -> None:
         self.say(f"{name:{INDENT}}")

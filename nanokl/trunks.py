@@ -4,6 +4,7 @@ reward.py and classify.py put heads on it. Left out: adapters; a trunk is traine
 from some block on.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,7 +22,13 @@ def load_trunk(folder: Path, **overrides) -> nn.Module:
     kind = checkpoint.read_config(folder)["model"]
     if kind not in TRUNKS:
         raise UserError(f"{folder} holds a {kind}: give a run of {' or '.join(TRUNKS)}")
-    return checkpoint.load(folder, TRUNKS[kind], **overrides)
+    trunk = checkpoint.load(folder, TRUNKS[kind], **overrides)
+    if not getattr(trunk.config, "value_head", False):
+        return trunk
+    plain = GPT(replace(trunk.config, value_head=False, critic_layers=0))  # PPO's critic stays out
+    plain.load_state_dict({name: x for name, x in trunk.state_dict().items()
+                           if not name.startswith(("value.", "critic."))})
+    return plain
 
 
 def without_heads(trunk: nn.Module) -> None:

@@ -3,6 +3,7 @@
 everything can be listed.
 """
 
+import re
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -45,7 +46,7 @@ def by_hand(model, opening, u, config):
         part = u[None, turn * config.max_new_tokens : (turn + 1) * config.max_new_tokens]
         out = generate(model, [[i for i, *_ in text]], config.max_new_tokens, stop=STOP, u=part)
         reply, stopped = out.responses()[0], bool(out.stopped[0])
-        words = TOKENIZER.decode([i for i in reply if i != STOP])
+        words = re.split(r"<\|(?:endoftext|user|assistant)\|>", TOKENIZER.decode(reply))[0]
         obs, reward, terminated, truncated, _ = env.step(words)
         text += [(i, True, 0.0) for i in reply[:-1]] + [(reply[-1], True, reward)]
         if terminated or truncated or turn == config.turns - 1:
@@ -276,7 +277,7 @@ def test_agent_answers_and_needs_turns(tmp_path):
     reply = agent.select_action(talk)
     ids = [STOP, *encode_turn(TOKENIZER, **talk[0]), ASSISTANT]
     out = generate(model, [ids], 6, temperature=0.0, stop=STOP).responses()[0]
-    assert reply == TOKENIZER.decode([i for i in out if i != STOP]).strip()
+    assert reply == re.split(r"<\|", TOKENIZER.decode(out))[0].strip()
     assert isinstance(agent.select_action(20 * talk), str)  # the oldest turns make room
     with pytest.raises(UserError, match="no <|assistant|> and no <|user|>"):
         openings(Arithmetic(), train_bpe("a b c " * 9, 270), 3)
@@ -301,6 +302,18 @@ def test_open_chat_asks_for_the_scores_of_many_dialogues_at_once():
         alone = play(gpt(), [opening], CONFIG, CPU, TOKENIZER, u=uniform(6)[i : i + 1])
         assert alone.rows() == [rollout.rows()[i]]
         assert alone.paid[alone.paid != 0].tolist() == row[row != 0].tolist()
+
+
+def test_a_reply_ends_where_somebody_else_would_speak():
+    """No policy is paid for words that it puts into the user's mouth."""
+    env, heard = open_chat(turns=2), []
+    env.score = lambda texts: (heard.extend(texts), [0.0] * len(texts))[1]
+    talk = Talk(openings(env, TOKENIZER, 1)[0], CONFIG, TOKENIZER)
+    a, b = TOKENIZER.encode(" hm"), TOKENIZER.encode(" how interesting!")
+    assert reply(talk, [*a, *encode_turn(TOKENIZER, "user", "wow"), ASSISTANT, *b, STOP], True)
+    assert heard[1] == f"{heard[0]}<|assistant|> hm"
+    for cut in ([*a, STOP], a, [*a, ASSISTANT, *b], [*a, STOP, *b]):
+        assert chat.reply_text(TOKENIZER, cut) == "hm"
 
 
 def test_open_chat_says_its_lines_and_pays_what_a_reply_adds():

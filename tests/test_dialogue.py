@@ -123,6 +123,17 @@ def test_a_reply_that_asks_itself_something_easier_earns_nothing():
     assert right(ids, [text.replace(end, "") for text in texts]) == [0, 0, 0, 1, 1, 0]
 
 
+@pytest.mark.parametrize(("first", "says", "second", "score"), [
+    ("27 + 5 = 22", "No, try again.", "27 + 5 = 32", 1), ("27 + 5 = 32", "Thank you.", "37", 0),
+    ("27 + 5 = 22", "No, try again.", "27 + 5 = 27", 0), ("32", "That is 1.", "32", 1),
+    ("27 + 5 = 32", "And 1 more: 32 + 1?", "33", 1), ("22", "9 and 9?", "18", 1),
+])  # fmt: skip
+def test_a_second_reply_answers_what_the_user_asked(first, says, second, score):
+    text = (f"<|user|> 27 + 5 = ?<|assistant|> {first}<|endoftext|><|user|> {says}"
+            f"<|assistant|> {second}<|endoftext|>")
+    assert right([ids_of(text)], [text.replace("<|endoftext|>", "")]) == [score]
+
+
 def test_bad_settings():
     for fields, says in (({"split": "all"}, "split is 'all'"), ({"languages": ("fr",)}, "en, zh"),
                          ({"languages": ()}, "languages"), ({"highest": 3}, "highest is 3"),
@@ -130,7 +141,9 @@ def test_bad_settings():
         with pytest.raises(UserError, match=says):
             Arithmetic(**fields)
     for options, says in (({"a": "x"}, "a is 'x'"), ({"b": 1.5}, "b 1.5: give whole numbers"),
-                          ({"question": 9}, "question is 9: give 0 to 3")):
+                          ({"a": True}, "a is True"), ({"language": []}, "language is .*give one"),
+                          ({"question": 9}, "question is 9: give 0 to 3"),
+                          ({"question": 1.0}, "question is 1.0: give 0 to 3")):
         with pytest.raises(UserError, match=says):
             Arithmetic().reset(seed=0, options=options)
     with pytest.raises(UserError, match="language is 'fr': give one of en, zh"):

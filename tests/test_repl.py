@@ -103,6 +103,11 @@ def expected(answers, name: str, messages: list[dict], turn: int) -> str:
     return answers.stage.tokenizer.decode([i for i in ids if i != answers.stop])
 
 
+def reply(text: str) -> str:
+    """What is remembered of it: a reply ends where it would begin somebody else's turn."""
+    return re.split(r"<\|(?:user|assistant)\|>", text)[0].strip()
+
+
 # ------------------------------------------------------------------------------ what is answered
 def test_a_conversation_goes_on_with_the_policys_answers(talk):
     repl, said = talk(["how are you?", "", "你好"])
@@ -116,7 +121,7 @@ def test_a_conversation_goes_on_with_the_policys_answers(talk):
             numbers = re.match(r"\n {11}reward (-\d+\.\d\d)  KL (\d\.\d\d) nats\n", said[at:])
             assert numbers, said[at : at + 99]
             assert name == "policy" or numbers[2] == "0.00"
-        history.append(mine(text))
+        history.append(mine(reply(text)))
     assert repl.messages == history and len(history) == 4
     assert said.count("(nothing to answer: say something, or /help)\n") == 1
 
@@ -132,14 +137,16 @@ def test_same_seed_same_lines_same_answers(talk):
 @pytest.mark.parametrize("sampler", ["best-of-n", "sir", "mh", "smc", "ref"])
 def test_every_sampler_answers(talk, sampler):
     repl, said = talk(["hello"], sampler=sampler, n=4)
-    reply = repl.messages[-1]
-    assert reply["role"] == "assistant" and repl.messages[0] == user("hello")
+    last = repl.messages[-1]
+    assert last["role"] == "assistant" and repl.messages[0] == user("hello")
     told = {"best-of-n": "KL at most 0.64 nats  best of 4", "ref": "KL 0.00 nats",
             "mh": "of 4 steps"}.get(sampler, "one of 4, ESS ")
     assert told in said.split(f"{sampler:11}")[1]
     assert said.count("reward ") == (1 if sampler == "ref" else 2)
     if sampler == "ref":
-        assert reply["content"] == expected(repl.answers, "ref", repl.messages[:1], 1)
+        text = expected(repl.answers, "ref", repl.messages[:1], 1)
+        assert visible(text).replace("\n", "\n" + 11 * " ") in said
+        assert last["content"] == reply(text)
 
 
 def test_without_turns_each_line_is_a_text_of_its_own(talk, folder):
@@ -192,8 +199,9 @@ def test_commands_and_what_they_refuse(talk):
 
 
 def test_the_temperature_is_that_of_the_next_answer(talk):
-    repl, _ = talk(["hi", "/temp 0.01", "/reset", "hi"])
-    assert repl.messages[-1]["content"] == expected(repl.answers, "policy", [user("hi")], 2)
+    repl, said = talk(["hi", "/temp 0.01", "/reset", "hi"])
+    text = expected(repl.answers, "policy", [user("hi")], 2)
+    assert visible(text) in said and repl.messages[-1]["content"] == reply(text)
     _, said = talk(["/temp 0.01", "hi", "/reset", "hi", "/reset", "hi"], run="ref")
     assert len(set(re.findall(r"policy.*", said))) == 1  # next to greedy
 
@@ -310,7 +318,8 @@ def test_a_file_to_start_from(talk, tmp_path):
     repl, said = talk(["f"], messages=talks[0])
     assert said.startswith("user       a\nassistant  b\nref")
     assert repl.messages[:3] == [*talks[0], user("f")]
-    assert repl.messages[3]["content"] == expected(repl.answers, "policy", repl.messages[:3], 1)
+    text = expected(repl.answers, "policy", repl.messages[:3], 1)
+    assert repl.messages[3]["content"] == reply(text)
     repl, said = talk([], messages=talks[1])  # a question that waits is answered
     assert len(repl.messages) == 4 and said.count("policy") == 1
     path.write_text(f"{rows[0]}\n{{\n")

@@ -26,7 +26,7 @@ from nanokl.reward import (
 )
 from nanokl.runtime import Runtime, generator
 from nanokl.tokenizer import Tokenizer
-from nanokl.trunks import shared_rows
+from nanokl.trunks import load_trunk, shared_rows
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 BYTES = Tokenizer([bytes([b]) for b in range(256)])  # no merges: a token a byte
@@ -337,6 +337,17 @@ def test_the_head_starts_as_in_ziegler():
     assert head.members[0].score.bias is None and head.gain == 1 and head.bias == 0
     n = head.members[0].score.in_features
     assert n >= 256 and 0.8 < head.members[0].score.weight.std().item() * (n + 1) ** 0.5 < 1.2
+
+
+def test_a_policy_of_ppo_is_a_trunk_without_its_critic(tmp_path):
+    policy = make_trunk(GPT, n_layer=2, value_head=True, critic_layers=1)
+    checkpoint.save(tmp_path, policy, tokenizer=BYTES)
+    trunk = load_trunk(tmp_path)
+    kept = dict(policy.named_parameters())
+    assert all(torch.equal(p, kept.pop(name)) for name, p in trunk.named_parameters())
+    assert kept and all(name.startswith(("value.", "critic.")) for name in kept)
+    model = RewardModel.on(trunk, n_domain=3)
+    assert model(model.inputs(BYTES, TEXTS, DOMAINS)).isfinite().all()
 
 
 @pytest.mark.parametrize("trunk", [
