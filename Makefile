@@ -140,15 +140,17 @@ $(RUN)/trainers/%/summary.json: | $(RUN)/reward/summary.json
 	$(call train_ppo,trainers/$*) --method $(firstword $(subst -, ,$*)) --beta $(lastword $(subst -, ,$*)) $(if $(filter main,$(BUDGET)),$(TRAINER) --steps $(STEPS_$(firstword $(subst -, ,$*))),$(PPO))
 
 # sums in two languages: fine-tuning, then three methods that are told right or wrong, PPO that pays
-# nothing for KL
+# nothing for KL, and by steps so rough that it shows what the price is for
 SUMS := data/arithmetic
 SUMS_SFT := $(if $(filter tiny,$(BUDGET)),--steps 6 --n_layer 1 --eval_every 3,--steps 1800 --block_size 72 --lr 2e-3 --muon_lr 3e-3)
 SUMS_PPO := --max_prompt 18 --max_new_tokens 12 $(if $(filter tiny,$(BUDGET)),$(PPO_tiny),--batch 512 --minibatch 256 --steps 120 --warmup 10 --decay 1 --lr 3e-4 --muon_lr 0 --momentum 0.9) --no-shaping
 SUMS_rloo := --method rloo --group 4
 SUMS_grpo := --method grpo --group 4
 SUMS_free := --beta 0
+SUMS_rough := $(if $(filter tiny,$(BUDGET)),,--steps 40 --lr 1e-3 --decay 0 --posterior_samples 0)
+SUMS_rough-free := $(SUMS_rough) --beta 0
 train_sums = $(PY) train_rlhf.py ppo --data $(SUMS) --policy $(RUN)/sums/sft --reward nanokl/dialogue.py:right --out $(RUN)/sums/$(1) $(SUMS_PPO) $(call go_on,sums/$(1))
-sums: $(RUN)/sums/ppo/summary.json $(foreach m,rloo grpo free,$(RUN)/sums/ppo-$(m)/summary.json) ## 34+  a checkable reward: sums, by PPO, RLOO, GRPO, and PPO without a price of KL
+sums: $(RUN)/sums/ppo/summary.json $(foreach m,rloo grpo free rough rough-free,$(RUN)/sums/ppo-$(m)/summary.json) ## 40   a checkable reward: sums, by PPO, RLOO, GRPO, and PPO without a price of KL (sum of parts)
 	$(PY) -m nanokl report $(RUN)/sums
 $(SUMS)/conversations.jsonl: data/arithmetic/prepare.py | $(VENV)
 	$(PY) data/arithmetic/prepare.py
