@@ -105,8 +105,8 @@ class Talk:
 def hear(talks: Sequence[Talk], replies: Sequence[list[int]]) -> list[tuple[float, str | None]]:
     """The reward of each talk's reply (token ids), and what its user says next, if anything.
 
-    An environment's class may have `steps(envs, actions)`, `step` of many of its dialogues at once.
-    UserError for steps that break their word.
+    An environment's class may have `steps(envs, actions)`, `step` of many of its dialogues at once,
+    which is called in its place. UserError for steps that break their word.
     """
     env, tokenizer = talks[0].env, talks[0].tokenizer
     said = [reply_text(tokenizer, ids) for ids in replies]

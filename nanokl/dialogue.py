@@ -201,7 +201,7 @@ class OpenChat:
         for env, action in zip(envs, actions, strict=True):
             env.messages = [*env.messages, _say("assistant", action)]  # obs of before stay
         scores = [float(x) for x in envs[0].score(texts + [spell(env.messages) for env in envs])]
-        for env, worth in zip(begun, scores, strict=False):
+        for env, worth in zip(begun, scores[: len(begun)], strict=True):
             env.worth = worth
         return [env._hear(worth) for env, worth in zip(envs, scores[len(begun) :], strict=True)]
 
