@@ -50,7 +50,7 @@ go_on = $(if $(wildcard $(RUN)/$(1)/last/state.pt),--resume)
 .PHONY: help setup test lint check demo data pretrain bert vae examples reward minilm classes sums chat rlhf trainers overoptimisation report results bench parity clean
 
 help: ## 0    this list
-	@echo "Minutes on a 2-core x86-64 CPU with AMX, 2026-11, after setup; a stage with what it needs (+: not all of it is timed yet; sums: without AMX):"
+	@echo "Minutes on a 2-core x86-64 CPU with AMX, 2026-11, after setup; a stage with what it needs (sums, chat: without AMX):"
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-18s%s\n", $$1, $$2}'
 
 .venv/ready: pyproject.toml constraints.txt
@@ -150,7 +150,7 @@ SUMS_free := --beta 0
 SUMS_rough := $(if $(filter tiny,$(BUDGET)),,--steps 40 --lr 1e-3 --decay 0 --posterior_samples 0)
 SUMS_rough-free := $(SUMS_rough) --beta 0
 train_sums = $(PY) train_rlhf.py ppo --data $(SUMS) --policy $(RUN)/sums/sft --reward nanokl/dialogue.py:right --out $(RUN)/sums/$(1) $(SUMS_PPO) $(call go_on,sums/$(1))
-sums: $(RUN)/sums/ppo/summary.json $(foreach m,rloo grpo free rough rough-free,$(RUN)/sums/ppo-$(m)/summary.json) ## 40   a checkable reward: sums, by PPO, RLOO, GRPO, and PPO without a price of KL (sum of parts)
+sums: $(RUN)/sums/ppo/summary.json $(foreach m,rloo grpo free rough rough-free,$(RUN)/sums/ppo-$(m)/summary.json) ## 48   a checkable reward: sums, by PPO, RLOO, GRPO, and PPO without a price of KL (sum of parts)
 	$(PY) -m nanokl report $(RUN)/sums
 $(SUMS)/conversations.jsonl: data/arithmetic/prepare.py | $(VENV)
 	$(PY) data/arithmetic/prepare.py
@@ -169,7 +169,7 @@ CHAT_BERT := $(if $(filter tiny,$(BUDGET)),$(BERT_tiny),--steps 600 --batch_size
 CHAT_SFT := $(if $(filter tiny,$(BUDGET)),--steps 6 --eval_every 3,--steps 250 --lr 5e-4 --muon_lr 5e-4)
 CHAT_REWARD := $(if $(filter tiny,$(BUDGET)),$(REWARD_tiny),--steps 300)
 CHAT_PPO := $(if $(filter tiny,$(BUDGET)),$(PPO_tiny),--posterior_prompts 8)
-chat: $(RUN)/chat/ppo/summary.json ## 25+  open chat: GPT, encoder, fine-tuning, reward model of ratings, PPO in dialogues
+chat: $(RUN)/chat/ppo/summary.json ## 66   open chat: GPT, encoder, fine-tuning, reward model of ratings, PPO in dialogues (sum of parts, beside others)
 	$(PY) -m nanokl report $(RUN)/chat
 $(CHAT)/meta.json: data/chat/prepare.py | $(VENV)
 	$(PY) data/chat/prepare.py
