@@ -168,8 +168,8 @@ CHAT_GPT := $(if $(filter tiny,$(BUDGET)),$(GPT_tiny),--steps 600 --batch_size 3
 CHAT_BERT := $(if $(filter tiny,$(BUDGET)),$(BERT_tiny),--steps 600 --batch_size 32 --eval_every 300)
 CHAT_SFT := $(if $(filter tiny,$(BUDGET)),--steps 6 --eval_every 3,--steps 250 --lr 5e-4 --muon_lr 5e-4)
 CHAT_REWARD := $(if $(filter tiny,$(BUDGET)),$(REWARD_tiny),--steps 300)
-CHAT_PPO := $(if $(filter tiny,$(BUDGET)),$(PPO_tiny),--posterior_prompts 8)
-chat: $(RUN)/chat/ppo/summary.json ## 66   open chat: GPT, encoder, fine-tuning, reward model of ratings, PPO in dialogues (sum of parts, beside others)
+CHAT_PPO := $(if $(filter tiny,$(BUDGET)),$(PPO_tiny),--steps 80 --warmup 8 --lr 2e-4 --muon_lr 2e-4 --posterior_prompts 8)
+chat: $(RUN)/chat/ppo/summary.json ## 75   open chat: GPT, encoder, fine-tuning, reward model of ratings, PPO in dialogues (sum of parts, beside others)
 	$(PY) -m nanokl report $(RUN)/chat
 $(CHAT)/meta.json: data/chat/prepare.py | $(VENV)
 	$(PY) data/chat/prepare.py
