@@ -72,6 +72,11 @@ class GPT(Transformer, Pretrained):
             extra = ngrams if extra is None else extra + ngrams
         return super().forward(idx, mask, segment, extra, cache)
 
+    def weights_without_critic(self) -> dict[str, Tensor]:
+        """The state of the language model alone: a critic that PPO made valued another reward."""
+        return {name: x for name, x in self.state_dict().items()
+                if not name.startswith(("value.", "critic."))}
+
     def values(self, idx: Tensor, h: Tensor) -> Tensor:
         """The critic's values (B, T), float32, at idx (B, T), whose hidden states are h."""
         return self.value(self.critic(idx) if self.config.critic_layers else h).float()[..., 0]

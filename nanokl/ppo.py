@@ -179,8 +179,7 @@ def make_policy(ref: GPT, *, critic_layers: int = 0) -> GPT:
     critic_layers = min(critic_layers, ref.config.n_layer)
     policy = GPT(replace(ref.config, value_head=True, dropout=0.0, ngram_dropout=0.0,
                          critic_layers=critic_layers))
-    # A reference that PPO made has a critic too: it valued another reward.
-    weights = {k: x for k, x in ref.state_dict().items() if not k.startswith(("value.", "critic."))}
+    weights = ref.weights_without_critic()
     missing, extra = policy.load_state_dict(weights, strict=False)
     assert all(k.startswith(("value.", "critic.")) for k in missing) and not extra, (missing, extra)
     if critic_layers:

@@ -25,9 +25,8 @@ def load_trunk(folder: Path, **overrides) -> nn.Module:
     trunk = checkpoint.load(folder, TRUNKS[kind], **overrides)
     if not getattr(trunk.config, "value_head", False):
         return trunk
-    plain = GPT(replace(trunk.config, value_head=False, critic_layers=0))  # PPO's critic stays out
-    plain.load_state_dict({name: x for name, x in trunk.state_dict().items()
-                           if not name.startswith(("value.", "critic."))})
+    plain = GPT(replace(trunk.config, value_head=False, critic_layers=0))
+    plain.load_state_dict(trunk.weights_without_critic())
     return plain
 
 
